@@ -1,0 +1,52 @@
+"""A minimal standalone server, on Trio, that runs agents and streams what they do over SSE.
+
+What an author of agents needs is here, imported when it is first asked for: so `agentsse --help`
+costs what click costs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .agents import (
+        Agent as Agent,
+        RunContext as RunContext,
+        agent as agent,
+        current_run as current_run,
+        emit as emit,
+    )
+    from .errors import AgentError as AgentError, ToolError as ToolError
+    from .events import Option as Option, Question as Question
+    from .tools import (
+        Tool as Tool,
+        Toolset as Toolset,
+        is_cancelled as is_cancelled,
+        tool as tool,
+    )
+
+_HOMES = {
+    "Agent": "agentsse.agents",
+    "AgentError": "agentsse.errors",
+    "Option": "agentsse.events",
+    "Question": "agentsse.events",
+    "RunContext": "agentsse.agents",
+    "Tool": "agentsse.tools",
+    "ToolError": "agentsse.errors",
+    "Toolset": "agentsse.tools",
+    "agent": "agentsse.agents",
+    "current_run": "agentsse.agents",
+    "emit": "agentsse.agents",
+    "is_cancelled": "agentsse.tools",
+    "tool": "agentsse.tools",
+}
+
+__all__ = [  # noqa: PLE0604  # the names above, which type checkers see and Python makes
+    *_HOMES
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agentsse' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
