@@ -1,0 +1,459 @@
+"""A run's append-only log, the readers that follow it, and the one timer.
+
+Knows: events in order, cursors, when to wake whom. Must never know sockets, dialects' words,
+agents, or why anything is appended.
+
+The theory in five sentences. A log only grows; an event's number is its place. What is appended
+becomes visible when it is committed, and a commit rings the bells of the readers that wait: nobody
+else. A bell is a memory channel with one slot, so it conflates: a reader that is ten thousand
+events behind owes one wake-up and one write. What it carries is only a ring; a reader takes all
+that is visible, in one sync step, and waits only when there is nothing left to take, so that no
+wake-up is ever lost. Replay and live are therefore the same code: there is no hand-over to get
+wrong.
+
+Frames are made once per dialect and options, by one encoder that has seen the log from event 1, and
+are shared by all its readers: that is a `Rendering`.
+
+In Trio a sync function is atomic: nothing here needs a lock.
+"""
+
+import heapq
+import math
+import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Hashable
+from datetime import UTC, datetime
+from typing import Literal, Never, TypeAlias
+
+import attrs
+import trio
+from msgspec.structs import force_setattr, replace
+
+from .dialects import Encoder
+from .events import AnyEvent, PartDelta, ToolOutputDelta, encode_event, encode_event_into
+
+MAX_WRITE = 64 * 1024  # bytes that one write takes: what a socket buffer holds anyway
+STRIDE = 1_000  # events encoded between two checkpoints: 100,000 at once stall the loop for 95 ms
+TICK = 0.005  # seconds; what falls due within one tick shares one wake-up
+FORGOTTEN = 100  # cancelled entries that the timer's heap may hold before it is worth tidying
+
+LONG_AGO = -math.inf
+DELTAS = frozenset({PartDelta, ToolOutputDelta})
+
+CloseReason: TypeAlias = Literal[
+    "finished", "client_left", "slow_client", "rotated", "shutdown", "error"
+]
+
+
+@attrs.define(eq=False, repr=False)
+class Due:
+    """Something that the timer will do, unless it is cancelled before."""
+
+    timer: "Timer"
+    function: Callable[[], object] | None
+
+    def cancel(self) -> None:
+        """Forget it, and what it refers to."""
+        if self.function is not None:
+            self.function = None
+            self.timer.forget_one()
+
+
+@attrs.define(eq=False, repr=False)
+class Timer:
+    """The one task that waits for the clock, on behalf of everything that has a due time.
+
+    Coalescing, heartbeats, rotation, grace, deadlines: each is a sync function that falls due. The
+    task sleeps when nothing is.
+    """
+
+    _heap: list[tuple[float, int, Due]] = attrs.field(factory=list)
+    _count: int = 0
+    _forgotten: int = 0
+    _sleep: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+    def call_at(self, when: float, function: Callable[[], object]) -> Due:
+        """Have `function` called at `when` (the loop's clock), or up to a tick later.
+
+        The function is sync and must not raise: there is nobody to tell.
+        """
+        if math.isinf(when):
+            return Due(self, None)
+        due = Due(self, function)
+        when = max(when, math.ceil(when / TICK) * TICK)  # the product may round to below `when`
+        self._count += 1  # keeps the order of what falls due together, and functions uncompared
+        heapq.heappush(self._heap, (when, self._count, due))
+        self._sleep.deadline = min(self._sleep.deadline, when)
+        return due
+
+    def forget_one(self) -> None:
+        """Count an entry that is no longer wanted; where most are not, the heap is made anew."""
+        self._forgotten += 1
+        if self._forgotten > FORGOTTEN and self._forgotten * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].function is not None]
+            heapq.heapify(self._heap)
+            self._forgotten = 0
+
+    async def run(self) -> Never:
+        """Serve until cancelled."""
+        while True:
+            self._sleep = trio.CancelScope(deadline=self._next())
+            with self._sleep:
+                await trio.sleep_forever()
+            self._fire(trio.current_time())
+
+    def _next(self) -> float:
+        return self._heap[0][0] if self._heap else math.inf
+
+    def _fire(self, now: float) -> None:
+        """Call what is due; what that puts on the heap has its turn at the next wake-up."""
+        ripe = []
+        while self._heap and self._heap[0][0] <= now:
+            ripe.append(heapq.heappop(self._heap)[2])
+        for due in ripe:
+            if due.function is None:
+                self._forgotten -= 1
+            else:
+                function, due.function = due.function, None
+                function()
+
+
+@attrs.define(eq=False, repr=False)
+class Lag(trio.abc.Instrument):
+    """How long passes of the event loop take: for so long nobody else gets a turn.
+
+    Attributes:
+        last: Seconds of the last pass.
+        worst: Seconds of the longest one so far.
+    """
+
+    last: float = 0.0
+    worst: float = 0.0
+    _since: float | None = None
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002  # as Trio calls it
+        """Note that a pass begins."""
+        self._since = time.perf_counter()
+
+    def before_io_wait(self, timeout: float) -> None:  # noqa: ARG002  # as Trio calls it
+        """Note that it is over."""
+        if self._since is not None:
+            self.last = time.perf_counter() - self._since
+            self.worst = max(self.worst, self.last)
+
+
+@attrs.define(eq=False, repr=False)
+class Stamps:
+    """RFC 3339 times, in UTC with milliseconds, formatted once per millisecond."""
+
+    clock: Callable[[], int] = time.time_ns
+    _millisecond: int = -1
+    _text: str = ""
+
+    def now(self) -> str:
+        """The time as text, such as `2026-11-20T16:51:07.042Z`."""
+        millisecond = self.clock() // 1_000_000
+        if millisecond != self._millisecond:
+            self._millisecond = millisecond
+            whole = datetime.fromtimestamp(millisecond // 1000, UTC)
+            self._text = f"{whole:%Y-%m-%dT%H:%M:%S}.{millisecond % 1000:03d}Z"
+        return self._text
+
+
+@attrs.frozen
+class Position:
+    """A place in a log: after frame `part` of event `seq`; part 0 stands for all of its frames."""
+
+    seq: int
+    part: int = 0
+
+
+START = Position(0)
+
+
+@attrs.define(eq=False, repr=False)
+class Log:
+    """The events of one run, from the first on; nothing is ever taken out or changed.
+
+    Attributes:
+        run_id: Whose it is.
+        events: What was appended; event n is `events[n - 1]`.
+        end: How many of them readers may see.
+        size: Bytes of all of them as JSON.
+        closed: Whether the last event is in; nothing follows it.
+    """
+
+    run_id: str
+    stamps: Stamps = attrs.field(factory=Stamps)
+    events: list[AnyEvent] = attrs.field(factory=list)
+    end: int = 0
+    size: int = 0
+    closed: bool = False
+    _scratch: bytearray = attrs.field(factory=bytearray)
+    _waiting: "set[Reader]" = attrs.field(factory=set)
+    _renderings: "dict[Hashable, Rendering]" = attrs.field(factory=dict)
+
+    def append(self, event: AnyEvent) -> int:
+        """Take an event in, and give it its number, its time and its run.
+
+        Sync, and legal while cancelled. The event is complete from here on and never changes.
+
+        Raises:
+            ValueError: A string of the event holds half of a surrogate pair.
+        """
+        if self.closed:
+            raise ValueError(f"expected no event after the last one, got {type(event).__name__}")
+        events, scratch = self.events, self._scratch
+        seq = len(events) + 1
+        force_setattr(event, "run_id", self.run_id)
+        force_setattr(event, "seq", seq)
+        force_setattr(event, "ts", self.stamps.now())
+        encode_event_into(event, scratch)  # raises before anything is kept
+        self.size += len(scratch)
+        events.append(event)
+        return seq
+
+    def commit(self, end: int) -> None:
+        """Make everything up to event `end` visible, and wake the readers that wait."""
+        self.end = end
+        if self._waiting:
+            waiting, self._waiting = self._waiting, set()
+            for reader in waiting:
+                reader.ring()
+
+    def close(self) -> None:
+        """Take no more events; readers end when they have taken the last one."""
+        self.closed = True
+        self._scratch = bytearray()  # it is as large as the largest event was
+        self.commit(len(self.events))
+
+    @property
+    def ways(self) -> int:
+        """In how many dialects and filters it is being read."""
+        return len(self._renderings)
+
+    def is_read_by(self, key: Hashable) -> bool:
+        """Whether somebody reads it in this way."""
+        return key in self._renderings
+
+    def attach(self, key: Hashable, make: Callable[[], Encoder], after: Position) -> "Reader":
+        """Open a reader behind `after`; whoever opens it detaches it.
+
+        Args:
+            key: Names the dialect and its options: readers with equal keys share one rendering.
+            make: Makes the encoder, where nobody reads in that way yet.
+            after: Where to begin; `START` for everything.
+        """
+        rendering = self._renderings.get(key)
+        if rendering is None:
+            rendering = self._renderings[key] = Rendering(self, key, make())
+        rendering.readers += 1
+        return Reader(self, rendering, after)
+
+    def detach(self, reader: "Reader") -> None:
+        """Forget a reader, and its rendering with the last one."""
+        self._waiting.discard(reader)
+        rendering = reader.rendering
+        rendering.readers -= 1
+        if rendering.readers == 0:
+            self._renderings.pop(rendering.key, None)
+
+    def wake_on_commit(self, reader: "Reader") -> None:
+        """Ring this reader's bell at the next commit, once."""
+        self._waiting.add(reader)
+
+
+@attrs.define(eq=False, repr=False)
+class Rendering:
+    """A log in one dialect: frames made once, on demand, shared by all who read it that way."""
+
+    log: Log
+    key: Hashable
+    encoder: Encoder
+    readers: int = 0
+    frames: list[bytes] = attrs.field(factory=list)
+    offsets: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # bytes before frame i
+    ends: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # frames up to event i
+
+    @property
+    def rendered(self) -> int:
+        """How many events the encoder has seen."""
+        return len(self.ends) - 1
+
+    def extend(self) -> None:
+        """Encode more of what is visible: one write's worth, and at most a stride of events."""
+        total, done = self.offsets[-1], self.rendered
+        enough = total + MAX_WRITE
+        feed, frames, offsets, ends = self.encoder.feed, self.frames, self.offsets, self.ends
+        for event in self.log.events[done : min(self.log.end, done + STRIDE)]:
+            for frame in tuple(feed(event)):  # whole, or not at all if the encoder raises
+                total += len(frame)
+                frames.append(frame)
+                offsets.append(total)
+            ends.append(len(frames))
+            if total >= enough:
+                break
+
+    def locate(self, position: Position) -> int | None:
+        """The first frame behind a position, or None while the encoder has not come so far."""
+        if position.seq > self.rendered:
+            return None
+        if position.part == 0:
+            return self.ends[position.seq]
+        return min(self.ends[position.seq - 1] + position.part, self.ends[position.seq])
+
+
+@attrs.define(eq=False, repr=False)
+class Reader:
+    """A cursor in a rendering, and the bell that says there is more.
+
+    A task that writes owns it: `take` until nothing comes, then `wait`, then again.
+
+    Attributes:
+        closing: Why the server wants this stream to end before the log does, once it does.
+        beat: Whether it was rung because the line has been silent for long.
+    """
+
+    log: Log
+    rendering: Rendering
+    after: Position
+    closing: CloseReason | None = None
+    beat: bool = False
+    _cursor: int | None = None
+    _bell: trio.MemorySendChannel[None] = attrs.field(init=False)
+    _rung: trio.MemoryReceiveChannel[None] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._bell, self._rung = trio.open_memory_channel[None](1)
+
+    def take(self) -> bytes:
+        """Take the next frames, and move behind them.
+
+        Returns:
+            Whole frames, joined: at most 64 KiB, or one frame that is larger. Empty if there is
+            nothing to send now; if `is_behind` then says so, only the encoding has got further.
+        """
+        rendering = self.rendering
+        if self._next() is None:
+            rendering.extend()
+        if (start := self._next()) is None:
+            return b""
+        offsets = rendering.offsets
+        stop = max(bisect_right(offsets, offsets[start] + MAX_WRITE) - 1, start + 1)
+        self._cursor = stop
+        return b"".join(rendering.frames[start:stop])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something visible has not been taken yet."""
+        return self.rendering.rendered < self.log.end or self._next() is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last frame there will ever be has been taken."""
+        return self.log.closed and not self.is_behind
+
+    async def wait(self) -> None:
+        """Wait until there is something to take, the log is closed, or somebody rings.
+
+        Cancelling it loses nothing: what there is to take is in the log.
+        """
+        if self.is_behind or self.log.closed:  # since the last take
+            self.ring()
+        else:
+            self.log.wake_on_commit(self)
+        await self._rung.receive()
+
+    def ring(self) -> None:
+        """Wake the reader; a bell that has been rung already is left alone."""
+        try:
+            self._bell.send_nowait(None)
+        except trio.WouldBlock:
+            return
+
+    def ring_for_silence(self) -> None:
+        """Wake the reader so that it writes a heartbeat."""
+        self.beat = True
+        self.ring()
+
+    def close(self, reason: CloseReason) -> None:
+        """Ask the writer to end this stream, between two writes; the first reason stands."""
+        if self.closing is None:
+            self.closing = reason
+        self.ring()
+
+    def _next(self) -> int | None:
+        """The next frame to take, or None while it has not been made."""
+        if self._cursor is None:
+            self._cursor = self.rendering.locate(self.after)
+        if self._cursor is None or self._cursor >= len(self.rendering.frames):
+            return None
+        return self._cursor
+
+
+@attrs.define(eq=False, repr=False)
+class Coalescer:
+    """Joins the deltas of a part before they enter the log.
+
+    The first delta after anything else goes in at once, later ones at most once per window, each
+    part's in one piece. An event that is no delta flushes what is held, so that the order stays.
+
+    Attributes:
+        window: Seconds; 0 turns it off. What is held never grows beyond one write.
+    """
+
+    log: Log
+    timer: Timer
+    window: float
+    _held: dict[tuple[type, str], list[PartDelta | ToolOutputDelta]] = attrs.field(factory=dict)
+    _held_bytes: int = 0
+    _open_at: float = LONG_AGO
+    _due: Due | None = None
+
+    def append(self, event: AnyEvent) -> None:
+        """Put an event into the log, now or at the window's end; sync, legal while cancelled.
+
+        Raises:
+            TypeError: What a delta holds is no text.
+            ValueError: As `Log.append`.
+        """
+        if type(event) in DELTAS:
+            # What cannot be joined raises here, not in the timer's task.
+            text: object = event.delta  # type: ignore[union-attr]
+            if not isinstance(text, str):
+                raise TypeError(f"expected text in a delta, got {type(text).__name__}")
+            if self.window:
+                self._hold(event)  # type: ignore[arg-type]  # isinstance costs three times the test
+                return
+        if self._held:
+            self.flush()
+        self._open_at = LONG_AGO
+        log = self.log
+        log.commit(log.append(event))
+
+    def flush(self) -> None:
+        """Put what is held into the log."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        held, self._held, self._held_bytes = self._held, {}, 0
+        for deltas in held.values():
+            self.log.append(replace(deltas[0], delta="".join(d.delta for d in deltas)))
+        if held:
+            self._open_at = trio.current_time() + self.window
+            self.log.commit(len(self.log.events))
+
+    def _hold(self, event: PartDelta | ToolOutputDelta) -> None:
+        name = event.part_id if isinstance(event, PartDelta) else event.call_id
+        if not self._held and (now := trio.current_time()) >= self._open_at:
+            self._open_at = now + self.window
+            self.log.commit(self.log.append(event))
+            return
+        # What cannot be encoded raises here, not in the timer's task.
+        self._held_bytes += len(encode_event(event))
+        self._held.setdefault((type(event), name), []).append(event)
+        if self._held_bytes > MAX_WRITE:
+            self.flush()
+        elif self._due is None:
+            self._due = self.timer.call_at(self._open_at, self.flush)

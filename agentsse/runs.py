@@ -1,0 +1,924 @@
+"""Runs: started, queued, found, cancelled, supervised, retained, drained.
+
+Knows: who may run, who still watches, why a run ends, and what it leaves behind. Must never know
+HTTP or frames.
+
+A run is one task in the supervisor nursery, with a nursery and a cancel scope of its own. All that
+decides about it is sync, hence atomic; only `Run.supervise` awaits. It is the one place that
+catches what an agent raises, and lets nothing through but what is not the agent's: a cancel from
+outside. The end is appended in its `finally`, synchronously, so that nothing can come between.
+
+Whoever reads a run holds it: streams, and clients that wait for a JSON answer. The last one to
+leave decides, by the run's own policy, what becomes of it.
+"""
+
+import contextvars
+import functools
+import secrets
+import traceback
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from itertools import chain
+from typing import Any, Literal, assert_never
+
+import attrs
+import trio
+from msgspec import UNSET, Raw
+
+from .agents import Agent, RunContext, problem_of, running, unwrapped
+from .dialects import Encoder, Start
+from .errors import (
+    AgentError,
+    BadRequest,
+    Conflict,
+    KeyReused,
+    NotFound,
+    Overloaded,
+    Unencodable,
+    redact,
+)
+from .events import (
+    NULL,
+    Cause,
+    Outcome,
+    PartDelta,
+    Problem,
+    Receipt,
+    RunFinished,
+    RunSnapshot,
+    RunStarted,
+    RunState,
+    Usage,
+    decode_json,
+    encode_json,
+)
+from .log import CloseReason, Coalescer, Due, Lag, Log, Position, Reader, Stamps, Timer
+from .providers import Provider
+from .stores.memory import MemoryStore
+
+MAX_WAYS = 16  # dialects and filters in which one run is read at once
+MAX_DEPTH = 32  # runs below one another; agents that delegate in a circle end here
+SECOND_CHANCE = 30.0  # seconds, at least, to come back to a stream that the server itself ended
+OVERDUE = (
+    1.0  # seconds beyond the cleanup time after which a run that is not gone is named in the log
+)
+ID_BYTES = 16  # 128 random bits: a run's id is a capability
+TEARDOWN_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+
+
+@attrs.frozen
+class Limits:
+    """The bounds within which runs live; seconds and bytes where nothing else is said.
+
+    Attributes:
+        coalesce: How long deltas of a part are held to be joined; 0 for not at all.
+        grace: How long `grace` waits for somebody to come back.
+        max_running: Runs at once; `max_queued` more wait their turn, then new ones are refused.
+        max_events: Of one run; at this or `max_bytes` it ends with the error `limit`.
+        retain_runs: Finished runs that are kept, within `retain_bytes` and `retain_age`.
+        run_timeout: From a run's start to its cancel.
+        input_timeout: How long a run waits for a person.
+        cleanup: What `run.cleanup` shields, in all, after a cancel.
+        max_threads: Worker threads of all blocking tools together.
+        max_steps: Model calls in one run.
+    """
+
+    coalesce: float = 0.05
+    grace: float = 30.0
+    max_running: int = 1_000
+    max_queued: int = 1_000
+    max_events: int = 100_000
+    max_bytes: int = 64 * 1024 * 1024
+    retain_runs: int = 1_000
+    retain_bytes: int = 256 * 1024 * 1024
+    retain_age: float = 3_600.0
+    run_timeout: float = 3_600.0
+    input_timeout: float = 1_800.0
+    cleanup: float = 5.0
+    max_threads: int = 32
+    max_steps: int = 50
+
+
+@attrs.frozen
+class Policy:
+    """What leaving a run means: cancel it, let it continue, or give a time to come back in."""
+
+    kind: Literal["cancel", "continue", "grace"]
+    seconds: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str, grace: float) -> "Policy":
+        """Read `cancel`, `continue`, `grace` (for `grace` seconds) or `grace:SECONDS`.
+
+        Raises:
+            BadRequest: It is none of them.
+        """
+        word, colon, number = text.partition(":")
+        match word:
+            case "cancel" | "continue" if not colon:
+                return cls(word)
+            case "grace" if not colon:
+                return cls("grace", grace)
+            case "grace" if number.isascii() and number.isdigit() and len(number) < 8:
+                return cls("grace", float(number))
+            case _:
+                raise BadRequest(
+                    "on_disconnect: expected 'cancel', 'continue', 'grace' or 'grace:SECONDS', "
+                    f"got {text!r}"
+                )
+
+    def __str__(self) -> str:
+        return f"grace:{self.seconds:.10g}" if self.kind == "grace" else self.kind
+
+
+@attrs.frozen
+class _Signal:
+    cause: Cause
+    at: float
+    tasks: int
+    reason: str | None
+    in_time: bool  # before the agent had returned
+
+
+@attrs.define(eq=False, repr=False)
+class Run:
+    """One execution of an agent: a log, a cancel scope, a nursery, and those who watch.
+
+    Attributes:
+        done: Set when the run is over: its nursery has exited and its last event is in the log.
+    """
+
+    id: str
+    agent: Agent
+    policy: Policy
+    input: Raw
+    metadata: Raw
+    thread_id: str | None
+    parent_id: str | None
+    log: Log
+    timeout: float
+    created: str
+    owner: "Runs"
+    context: RunContext = attrs.field(init=False)
+    depth: int = 0
+    started: str | None = None
+    finished: str | None = None
+    end: RunFinished | None = None
+    done: trio.Event = attrs.field(factory=trio.Event)
+    children: "set[Run]" = attrs.field(factory=set)
+    idempotency: tuple[str, bytes] | None = None
+    holds_place: bool = False  # of max_running; child runs and queued ones hold none
+    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _task: trio.lowlevel.Task | None = None
+    _nursery: trio.Nursery | None = None
+    _returned: bool = False
+    _signal: _Signal | None = None
+    _holders: set[object] = attrs.field(factory=set)
+    _left: bool = False
+    _grace: Due | None = None
+    _deadline: Due | None = None
+    _input_deadline: Due | None = None
+    _overdue: Due | None = None
+    _full: str | None = None
+    _began: float = attrs.field(factory=trio.current_time)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.id} of {self.agent.name!r}, {self.state}>"
+
+    @property
+    def state(self) -> RunState:
+        """Where it stands."""
+        if self.log.closed:
+            return "finished"
+        if self._signal is not None:
+            return "cancelling"
+        if self.started is None:
+            return "queued"
+        return "waiting" if self.context.asked else "running"
+
+    # Those who watch
+
+    def attach(self, key: Hashable, make: Callable[[], Encoder], after: Position) -> Reader:
+        """Open a reader behind `after`; it holds the run until `detach`.
+
+        Raises:
+            BadRequest: The place is past the end of the log.
+            Overloaded: It is read in too many ways at once.
+        """
+        if after.seq > self.log.end or (after.seq == 0 and after.part):
+            raise BadRequest(
+                f"expected a place in the run's {self.log.end} events, "
+                f"got {after.seq}{f'.{after.part}' if after.part else ''}; 0 stands for all of them"
+            )
+        if self.log.ways >= MAX_WAYS and not self.log.is_read_by(key):
+            raise Overloaded(
+                f"the run is read in {self.log.ways} ways already, each a copy of its frames: "
+                "use one of the filters in use, or none"
+            )
+        reader = self.log.attach(key, make, after)
+        self.hold(reader)
+        return reader
+
+    def detach(self, reader: Reader, reason: CloseReason) -> None:
+        """Close a reader, and let go of the run."""
+        self.log.detach(reader)
+        self.release(reader, reason)
+
+    def hold(self, holder: object) -> None:
+        """Count somebody who waits for this run, in whatever way."""
+        self._holders.add(holder)
+        self._left = False
+        self._stop(self._grace)
+
+    def release(self, holder: object, reason: CloseReason) -> None:
+        """Let go; the last one to leave decides by the run's policy."""
+        self._holders.discard(holder)
+        if self._holders or self.log.closed:
+            return
+        match reason:
+            case "client_left":
+                self._left = True
+                self._abandon(self.policy)
+            case "slow_client" | "rotated" | "error":  # the server's doing: they may come back
+                self._left = True
+                self._abandon(self._at_least_second_chance())
+            case "finished" | "shutdown":
+                pass
+            case _:
+                assert_never(reason)
+
+    def _abandon(self, policy: Policy) -> None:
+        if self.context.asked:  # somebody may be thinking about the answer
+            return
+        match policy.kind:
+            case "cancel":
+                self.cancel("disconnect")
+            case "grace":
+                self._stop(self._grace)
+                self._grace = self.owner.timer.call_at(
+                    trio.current_time() + policy.seconds, lambda: self.cancel("disconnect")
+                )
+            case "continue":
+                pass
+            case _:
+                assert_never(policy.kind)
+
+    def _at_least_second_chance(self) -> Policy:
+        if self.policy.kind == "continue":
+            return self.policy
+        return Policy("grace", max(self.policy.seconds, SECOND_CHANCE))
+
+    # The end
+
+    def cancel(self, cause: Cause, *, reason: str | None = None) -> None:
+        """Ask the run to end, now; the first cause stands. Sync; `done` says when it is gone."""
+        if self.log.closed or self._signal is not None:
+            return
+        for child in self.children:
+            child.note_parent_cancelled()
+        self._note(cause, reason)
+        overdue = trio.current_time() + self.owner.limits.cleanup + OVERDUE
+        self._overdue = self.owner.timer.call_at(overdue, self._report_overdue)
+        if self.started is None:
+            self.owner.drop_queued(self)
+        else:
+            self._scope.cancel(reason=cause)
+
+    def cancel_after_step(self, *, reason: str | None = None) -> None:
+        """Ask the run to end as soon as no step is under way."""
+        if self.started is None or not self.context.is_in_step:
+            self.cancel("client_cancel", reason=reason)
+            return
+
+        def step_finished() -> None:
+            if not self.context.is_in_step:
+                self.cancel("client_cancel", reason=reason)
+
+        if self.context.on_step_finished is None:  # who asked first is named
+            self.context.on_step_finished = step_finished
+
+    def note_parent_cancelled(self) -> None:
+        """Remember that the parent's cancel is on its way down here."""
+        for child in self.children:
+            child.note_parent_cancelled()
+        if not self.log.closed and self._signal is None:
+            self._note("parent", None)
+
+    def _note(self, cause: Cause, reason: str | None) -> None:
+        now = trio.current_time()
+        self._signal = _Signal(cause, now, self._count_tasks(), reason, not self._returned)
+        self.context.is_cancelled = True
+        self._stop(self._grace)
+
+    def _count_tasks(self) -> int:
+        """Tasks of the run that are alive: its own, and all in nurseries below."""
+        task = self._task
+        if task is None or self._nursery is None:
+            return 0
+        # A child run lives in a task of its parent: what that had opened before is not the child's.
+        nurseries = task.child_nurseries
+        return 1 + sum(map(_tasks_in, nurseries[nurseries.index(self._nursery) :]))
+
+    def _report_overdue(self) -> None:
+        self.owner.report(
+            "run_overdue",
+            run_id=self.id,
+            agent=self.agent.name,
+            cause=self._signal.cause if self._signal else None,
+            tasks=self._count_tasks(),
+            hint="something in it shields itself from cancellation for longer than its cleanup",
+        )
+
+    # What the run's context asks for
+
+    def report_crash(self, error: BaseException, where: str, /) -> None:
+        """Write an error that clients do not get to see to the server's log."""
+        self.owner.report(
+            "crash",
+            run_id=self.id,
+            agent=self.agent.name,
+            where=where,
+            error=type(unwrapped(error)).__name__,
+            traceback=redact("".join(traceback.format_exception(error))),
+        )
+
+    def limit_reached(self, what: str, /) -> None:
+        """End the run: its log is as long as it may be."""
+        self._full = what
+        self.cancel("limit")
+
+    def input_changed(self) -> None:
+        """Watch the time while a person is asked; then see whether anybody is still there."""
+        self._stop(self._input_deadline)
+        if self.context.asked:
+            self._stop(self._grace)
+            since = min(asked.since for asked in self.context.asked.values())
+            until = since + self.owner.limits.input_timeout
+            self._input_deadline = self.owner.timer.call_at(
+                until, lambda: self.cancel("input_timeout")
+            )
+        elif self._left and not self._holders:
+            self._abandon(self._at_least_second_chance())
+
+    async def run_child(
+        self, agent: Agent | str, input: Any, *, started: Callable[[str, str], None]
+    ) -> Any:
+        """Run an agent below this run, in the calling task, and return its result."""
+        child = self.owner.make_child(self, agent, input)
+        started(child.agent.name, child.id)
+        self.children.add(child)
+        try:
+            await child.supervise()
+        finally:
+            self.children.discard(child)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        end = child.end
+        assert end is not None
+        if end.outcome != "success":
+            said = end.error.message if end.error else f"it was {end.outcome}"
+            raise AgentError(f"the child run {child.id} of {child.agent.name!r}: {said}")
+        return child.result
+
+    @property
+    def result(self) -> Any:
+        """The result as Python's plain types, or None while there is none."""
+        if self.end is None or self.end.result is UNSET:
+            return None
+        return decode_json(self.end.result)
+
+    # The task
+
+    def begin(self) -> None:
+        """Note that the run starts; its task follows."""
+        self.started = self.log.stamps.now()
+        self.context.append(
+            RunStarted(
+                agent=self.agent.name,
+                input=self.input,
+                on_disconnect=str(self.policy),
+                thread_id=self.thread_id,
+                parent_run_id=self.parent_id,
+            )
+        )
+        self._deadline = self.owner.timer.call_at(
+            trio.current_time() + self.timeout, lambda: self.cancel("deadline")
+        )
+
+    async def supervise(self) -> None:
+        """Run the agent to its end, whatever that is.
+
+        Raises:
+            trio.Cancelled: Cancelled from outside, with the run's end in its log all the same.
+        """
+        result: Raw | None = None
+        foreign: BaseException | None = None
+        error: BaseException | None = None
+        was_cancelled_outside = True
+        try:
+            with running(self.context), self._scope:
+                async with trio.open_nursery(strict_exception_groups=True) as nursery:
+                    self._task, self._nursery = trio.lowlevel.current_task(), nursery
+                    self.context.nursery = nursery
+                    # A copy: nobody else's hand is on it. If it is too deep, that ends this run.
+                    self.context.input = decode_json(self.input)
+                    value = await self.agent.function(self.context, self.context.input)
+                    self._returned = True
+                    result = encode_json(value, what=f"the result of {self.agent.name}")
+            was_cancelled_outside = False
+        except BaseExceptionGroup as group:
+            # What is not the agent's goes on; a real error beside it is still the run's error.
+            foreign, error = group.split((trio.Cancelled, KeyboardInterrupt))
+            if foreign is not None:
+                raise foreign from None
+            was_cancelled_outside = False
+        except Exception as misnested:  # noqa: BLE001  # Trio's word for scopes left out of order
+            error, was_cancelled_outside = misnested, False
+        finally:
+            self._task = self._nursery = None
+            if was_cancelled_outside and self._signal is None:
+                self._note("parent" if self.parent_id else "shutdown", None)
+            self.finish(result, error)
+            foreign = error = None  # they hold this frame, which holds them
+
+    def finish(self, result: Raw | None, error: BaseException | None) -> None:
+        """Append the one end, and let go of everything; sync, legal while cancelled."""
+        for due in (self._grace, self._deadline, self._input_deadline, self._overdue):
+            self._stop(due)
+        try:
+            end = self._make_end(result, error)
+            self.context.finish_parts()
+            self.context.writer.append(end)
+        except Exception as unfit:  # noqa: BLE001  # an agent may have put anything into its usage
+            self.report_crash(unfit, f"the end of {self.agent.name!r}")
+            problem = problem_of(unfit, f"the end of {self.agent.name!r}")
+            end = RunFinished(
+                outcome="error", usage=Usage(), receipt=self._receipt(), error=problem
+            )
+            self.log.append(end)
+        self.end = end
+        self.log.close()
+        self.finished = end.ts
+        self._report_end(end)
+        self.owner.retire(self)
+        self.done.set()
+        self.context.dissolve()
+
+    def _make_end(self, result: Raw | None, error: BaseException | None) -> RunFinished:
+        problem = self._problem(error)
+        if self._signal is None and result is None and problem is None:
+            problem = Problem(
+                code="no_result",
+                message="expected the agent to return, or to raise, but it cancelled itself",
+            )
+        if self._signal is not None and self._signal.cause == "limit":
+            problem = Problem(
+                code="limit",
+                message=f"the run's log has reached its bound: {self._full}",
+                status=507,
+            )
+        outcome = self._outcome(problem)
+        return RunFinished(
+            outcome=outcome,
+            usage=self.context.usage,
+            receipt=self._receipt(),
+            result=UNSET if result is None or outcome != "success" else result,
+            error=problem,
+        )
+
+    def _report_end(self, end: RunFinished) -> None:
+        told: dict[str, object] = {}
+        if end.error is not None:
+            told |= {"error": end.error.code, "message": redact(end.error.message)}
+        if self._signal is not None:
+            told |= {"cause": end.receipt.cause, "teardown_s": end.receipt.seconds}
+            told |= {"tasks": end.receipt.tasks}
+            told |= {} if self._signal.reason is None else {"reason": self._signal.reason}
+        self.owner.report(
+            "run_finished",
+            run_id=self.id,
+            agent=self.agent.name,
+            outcome=end.outcome,
+            seconds=round(trio.current_time() - self._began, 6),
+            events=self.log.end,
+            **told,
+        )
+
+    def _problem(self, error: BaseException | None) -> Problem | None:
+        if error is None:
+            return None
+        problem = problem_of(error, f"the agent {self.agent.name!r}")
+        if problem.code in ("crashed", "system_exit"):
+            self.report_crash(error, f"the agent {self.agent.name!r}")
+        return problem
+
+    def _outcome(self, problem: Problem | None) -> Outcome:
+        signal = self._signal
+        if signal is not None and signal.cause == "limit":
+            return "error"
+        if signal is not None and signal.in_time:
+            return "interrupted" if signal.cause == "input_timeout" else "cancelled"
+        return "success" if problem is None else "error"
+
+    def _receipt(self) -> Receipt:
+        threads = self.context.workers.abandoned
+        if self._signal is None:
+            return Receipt(threads_abandoned=threads)
+        return Receipt(
+            cause=self._signal.cause,
+            seconds=round(trio.current_time() - self._signal.at, 6),
+            tasks=self._signal.tasks,
+            threads_abandoned=threads,
+        )
+
+    def snapshot(self, *, brief: bool = False) -> RunSnapshot:
+        """The run as it stands, with what it has said so far unless it is to be brief."""
+        end = self.end
+        return RunSnapshot(
+            id=self.id,
+            agent=self.agent.name,
+            state=self.state,
+            on_disconnect=str(self.policy),
+            created=self.created,
+            started=self.started,
+            finished=self.finished,
+            thread_id=self.thread_id,
+            parent_run_id=self.parent_id,
+            outcome=end.outcome if end else None,
+            result=end.result if end and end.result is not UNSET else NULL,
+            error=end.error if end else None,
+            usage=end.usage if end else self.context.usage,
+            receipt=end.receipt if end else None,
+            events=self.log.end,
+            questions=tuple(asked.event for asked in self.context.asked.values()),
+            input=UNSET if brief else self.input,
+            metadata=UNSET if brief else self.metadata,
+            output=UNSET if brief else self._output(),
+        )
+
+    def _output(self) -> str:
+        return "".join(
+            event.delta
+            for event in self.log.events
+            if isinstance(event, PartDelta) and event.kind == "text"
+        )
+
+    def _stop(self, due: Due | None) -> None:
+        if due is not None:
+            due.cancel()
+
+
+@attrs.frozen
+class RunStatistics:
+    """What operators want to know of runs."""
+
+    queued: int
+    running: int
+    retained: int
+    retained_bytes: int
+    finished: Mapping[Outcome, int]
+    events: int
+    teardowns: tuple[int, ...]  # how many took up to each of TEARDOWN_BUCKETS, and longer
+    teardown_seconds: float
+    loop_lag: float
+    worst_loop_lag: float
+
+
+def _ignore(_event: str, **_facts: Any) -> None:
+    """Report to nobody."""
+
+
+def contained(report: Callable[..., object]) -> Callable[..., None]:
+    """Make a report that never raises: what it is told of must not end because of it."""
+
+    def told(event: str, **facts: Any) -> None:
+        with suppress(Exception):
+            report(event, **facts)
+
+    return told
+
+
+@attrs.define(eq=False, repr=False)
+class Runs:
+    """All runs of a server. Made by `open_runs`, which owns the nursery they live in."""
+
+    agents: Mapping[str, Agent]
+    limits: Limits
+    providers: Mapping[str, Provider]
+    report: Callable[..., object]
+    timer: Timer
+    nursery: trio.Nursery
+    lag: Lag = attrs.field(factory=Lag)
+    stamps: Stamps = attrs.field(factory=Stamps)
+    is_closing: bool = False
+    _active: dict[str, Run] = attrs.field(factory=dict)
+    _queue: dict[Run, None] = attrs.field(factory=dict)  # in their order
+    _running: Counter[str] = attrs.field(factory=Counter)  # by agent, child runs not counted
+    _threads: dict[str, list[Run]] = attrs.field(factory=dict)  # by thread id, in their order
+    _keys: dict[str, Run] = attrs.field(factory=dict)  # idempotency keys
+    _finished: Counter[Outcome] = attrs.field(factory=Counter)
+    _events: int = 0
+    _teardowns: list[int] = attrs.field(factory=lambda: [0] * (len(TEARDOWN_BUCKETS) + 1))
+    _teardown_seconds: float = 0.0
+    _expiry: Due | None = None
+    _idle: trio.Event | None = None
+    _kept: MemoryStore[Run] = attrs.field(init=False)
+    _limiter: trio.CapacityLimiter = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        limits = self.limits
+        self._kept = MemoryStore(limits.retain_runs, limits.retain_bytes, limits.retain_age)
+        self._limiter = trio.CapacityLimiter(limits.max_threads)
+
+    def start(self, order: Start, *, default: str) -> tuple[Run, bool]:
+        """Start a run, or queue it; sync, so that a reader can be attached in the same step.
+
+        Args:
+            order: What the client asked for.
+            default: The policy where neither the client nor the agent names one.
+
+        Returns:
+            The run, and whether it is new: the same idempotency key finds the same run again.
+
+        Raises:
+            NotFound: There is no such agent.
+            BadRequest: The policy is none.
+            Conflict: The thread is busy, and the client did not want to wait.
+            KeyReused: The key came before with another body.
+            Overloaded: The queue is full, or the server is about to stop.
+        """
+        agent = self.find_agent(order.agent)
+        key = f"{agent.name}\n{order.idempotency_key}" if order.idempotency_key else None
+        if key is not None and (known := self._keys.get(key)) is not None:
+            if known.idempotency != (key, order.fingerprint):
+                raise KeyReused(
+                    "expected the body that this Idempotency-Key first came with, got another one; "
+                    "use a new key for a new request"
+                )
+            return known, False
+        if self.is_closing:
+            raise Overloaded("the server is about to stop; try again when it is back", 5)
+        policy = Policy.parse(
+            order.on_disconnect or agent.on_disconnect or default, self.limits.grace
+        )
+        busy = () if order.thread_id is None else self._threads.get(order.thread_id, ())
+        if busy and order.if_busy == "reject":
+            raise Conflict(
+                f"the thread {order.thread_id!r} is busy with the run {busy[0].id}: wait for its "
+                'end, cancel it, or send "if_busy": "enqueue"'
+            )
+        run = self._make(agent, order.input, policy=policy, order=order)
+        if len(self._queue) >= self.limits.max_queued and not self._has_room(run):
+            raise Overloaded(
+                f"all places are taken and {len(self._queue)} runs are waiting; try again later"
+            )
+        if key is not None:
+            run.idempotency = (key, order.fingerprint)
+            self._keys[key] = run
+        self._active[run.id] = run
+        if run.thread_id is not None:
+            self._threads.setdefault(run.thread_id, []).append(run)
+        self._queue[run] = None
+        self._admit()
+        return run, True
+
+    def make_child(self, parent: Run, agent: Agent | str, input: Any) -> Run:
+        """Make a run below another; it has begun, and whoever made it supervises it."""
+        agent = self.find_agent(agent) if isinstance(agent, str) else agent
+        if parent.depth >= MAX_DEPTH:
+            raise AgentError(
+                f"expected at most {MAX_DEPTH} runs below one another: do agents delegate in a "
+                "circle?",
+                code="too_deep",
+            )
+        child = self._make(agent, input, policy=Policy("continue"), parent=parent)
+        self._active[child.id] = child
+        child.begin()
+        return child
+
+    def find(self, run_id: str) -> Run:
+        """The run of that id, whether it goes on or is over.
+
+        Raises:
+            NotFound: There is none, or it is no longer kept.
+        """
+        run = self._active.get(run_id) or self._kept.find(run_id)
+        if run is None:
+            raise NotFound(
+                f"expected the id of a run that goes on or is still kept, got {run_id[:80]!r}"
+            )
+        return run
+
+    def find_agent(self, name: str) -> Agent:
+        """The agent of that name; raises `NotFound` if there is none."""
+        agent = self.agents.get(name)
+        if agent is None:
+            known = ", ".join(sorted(self.agents)) or "(none)"
+            raise NotFound(f"expected one of the agents {known}, got {name[:80]!r}")
+        return agent
+
+    def __iter__(self) -> Iterator[Run]:
+        """Every run there is, the newest first of those that go on, then of those that are over."""
+        return chain(reversed(self._active.values()), self._kept)
+
+    def close(self, cause: Cause = "shutdown") -> None:
+        """Start nothing any more, and cancel what goes on; `wait_idle` says when it is gone."""
+        self.is_closing = True
+        queued_first = [*self._queue, *self._active.values()]  # or they would be let in one by one
+        for run in queued_first:
+            if run.parent_id is None:
+                run.cancel(cause)
+
+    async def wait_idle(self) -> None:
+        """Wait until no run goes on."""
+        if not self._active:
+            await trio.lowlevel.checkpoint()
+        while self._active:
+            if self._idle is None:
+                self._idle = trio.Event()
+            await self._idle.wait()
+
+    def unfinished(self) -> list[Run]:
+        """The runs that go on."""
+        return list(self._active.values())
+
+    def statistics(self) -> RunStatistics:
+        """Counts for operators, as of now."""
+        events = self._events + sum(run.log.end for run in self._active.values())
+        return RunStatistics(
+            queued=len(self._queue),
+            running=len(self._active) - len(self._queue),
+            retained=len(self._kept),
+            retained_bytes=self._kept.size,
+            finished=dict(self._finished),
+            events=events,
+            teardowns=tuple(self._teardowns),
+            teardown_seconds=self._teardown_seconds,
+            loop_lag=self.lag.last,
+            worst_loop_lag=self.lag.worst,
+        )
+
+    # What runs tell their owner
+
+    def drop_queued(self, run: Run) -> None:
+        """End a run that has not begun: it has a beginning and an end all the same."""
+        del self._queue[run]
+        run.begin()
+        run.finish(None, None)
+
+    def retire(self, run: Run) -> None:
+        """Keep a run that has just ended, and let the next one in."""
+        del self._active[run.id]
+        end = run.end
+        assert end is not None
+        self._finished[end.outcome] += 1
+        self._events += run.log.end
+        if end.receipt.cause is not None:
+            self._teardowns[bisect_left(TEARDOWN_BUCKETS, end.receipt.seconds)] += 1
+            self._teardown_seconds += end.receipt.seconds
+        if run.thread_id is not None:
+            self._threads[run.thread_id].remove(run)
+            if not self._threads[run.thread_id]:
+                del self._threads[run.thread_id]
+        if run.holds_place:
+            self._running[run.agent.name] -= 1
+        now = trio.current_time()
+        size = run.log.size + len(bytes(run.metadata))
+        self._forget(self._kept.keep(run.id, run, size=size, now=now))
+        if self._expiry is None:
+            self._expiry = self.timer.call_at(now + self.limits.retain_age, self._expire)
+        self._admit()
+        if self._idle is not None and not self._active:
+            self._idle.set()
+            self._idle = None
+
+    def _make(
+        self,
+        agent: Agent,
+        input: Any,
+        *,
+        policy: Policy,
+        order: Start | None = None,
+        parent: Run | None = None,
+    ) -> Run:
+        limits = self.limits
+        run_id = secrets.token_hex(ID_BYTES)
+        log = Log(run_id, self.stamps)
+        metadata = order.metadata if order else None
+        try:
+            encoded = encode_json(input, what="the input")
+            encoded_metadata = encode_json(metadata, what="metadata")
+            encode_json(order.thread_id if order else None, what="thread_id")
+        except Unencodable as error:
+            raise BadRequest(error.message) from error
+        own = order.timeout if order else None
+        run = Run(
+            id=run_id,
+            agent=agent,
+            policy=policy,
+            input=encoded,
+            metadata=encoded_metadata,
+            thread_id=order.thread_id if order else None,
+            parent_id=parent.id if parent else None,
+            depth=parent.depth + 1 if parent else 0,
+            log=log,
+            timeout=min(t for t in (own, agent.timeout, limits.run_timeout) if t is not None),
+            created=self.stamps.now(),
+            owner=self,
+        )
+        window = order.coalesce if order and order.coalesce is not None else limits.coalesce
+        run.context = RunContext(
+            id=run_id,
+            agent=agent,
+            input=None,  # until it begins: JSON takes less room than what it stands for
+            thread_id=run.thread_id,
+            metadata=metadata,
+            writer=Coalescer(log, self.timer, window),
+            host=run,
+            limiter=self._limiter,
+            providers=self.providers,
+            cleanup_seconds=limits.cleanup,
+            max_steps=limits.max_steps,
+            max_events=limits.max_events,
+            max_bytes=limits.max_bytes,
+        )
+        return run
+
+    def _has_room(self, run: Run) -> bool:
+        if self._running.total() >= self.limits.max_running:
+            return False
+        own = run.agent.max_running
+        if own is not None and self._running[run.agent.name] >= own:
+            return False
+        return run.thread_id is None or not any(
+            other.holds_place for other in self._threads.get(run.thread_id, ())
+        )
+
+    def _admit(self) -> None:
+        """Start those in the queue that there is room for, in their order."""
+        while (run := self._next_with_room()) is not None:
+            del self._queue[run]
+            run.holds_place = True
+            self._running[run.agent.name] += 1
+            run.begin()
+            # In a clean context: else the run would pin the request that started it, 35 KiB.
+            contextvars.Context().run(
+                functools.partial(
+                    self.nursery.start_soon, run.supervise, name=f"run {run.id} {run.agent.name}"
+                )
+            )
+
+    def _next_with_room(self) -> Run | None:
+        if self._running.total() >= self.limits.max_running:
+            return None
+        return next((run for run in self._queue if self._has_room(run)), None)
+
+    def _expire(self) -> None:
+        self._forget(self._kept.expire(trio.current_time()))
+        when = self._kept.next_expiry()
+        self._expiry = None if when is None else self.timer.call_at(when, self._expire)
+
+    def _forget(self, evicted: list[Run]) -> None:
+        for run in evicted:
+            if run.idempotency is not None:
+                self._keys.pop(run.idempotency[0], None)
+
+
+@asynccontextmanager
+async def open_runs(
+    agents: Mapping[str, Agent],
+    *,
+    limits: Limits | None = None,
+    providers: Mapping[str, Provider] | None = None,
+    report: Callable[..., object] = _ignore,
+) -> AsyncIterator[Runs]:
+    """Open the place where runs live.
+
+    Args:
+        agents: By name.
+        limits: The bounds.
+        providers: Model APIs by the name that stands before a model's colon.
+        report: Called with an event's name and facts where operators should know of it.
+
+    On leaving, whatever still goes on is cancelled with the cause `shutdown` and joined.
+    """
+    async with trio.open_nursery() as services:
+        timer = Timer()
+        services.start_soon(timer.run)
+        async with trio.open_nursery() as supervisor:
+            runs = Runs(
+                agents, limits or Limits(), providers or {}, contained(report), timer, supervisor
+            )
+            trio.lowlevel.add_instrument(runs.lag)
+            try:
+                yield runs
+            finally:
+                trio.lowlevel.remove_instrument(runs.lag)
+                runs.close()
+        services.cancel_scope.cancel()
+
+
+def _tasks_in(nursery: trio.Nursery) -> int:
+    """How many tasks live in a nursery and in those below."""
+    return sum(1 + sum(map(_tasks_in, task.child_nurseries)) for task in nursery.child_tasks)
