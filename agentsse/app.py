@@ -1,0 +1,710 @@
+"""HTTP on one side, the engine on the other, and between them one loop over the dialects' routes.
+
+Knows: requests, responses, streams, and what each intent of a dialect means for the engine. The
+only importer of quart and quart_trio. Must never name a dialect, nor know how bytes reach the
+socket: a stream writes to the connection's `Wire`.
+
+A request holds at most one run, by a `Lease`. It takes hold in the same sync step that starts or
+finds the run, and lets go in the `finally` of the connection's call, wherever that is left from:
+so a client that vanishes between two steps is seen to leave like any other.
+"""
+
+import random
+import re
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, Self, assert_never
+
+import attrs
+import msgspec
+import trio
+from quart import Response, request as current_request
+from quart.wrappers.response import ResponseBody
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
+
+from .dialects import (
+    Answer,
+    Cancel,
+    Dialect,
+    Intent,
+    ListAgents,
+    ListRuns,
+    Request,
+    Route,
+    Show,
+    Start,
+    Watch,
+    problem_json,
+)
+from .errors import (
+    AgentsseError,
+    BadRequest,
+    ConfigError,
+    Conflict,
+    Forbidden,
+    Misdirected,
+    NotAllowed,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    redact,
+)
+from .events import Problem
+from .listener import Counts, SlowClient
+from .log import MAX_WRITE, START, CloseReason, Position, Reader
+from .runs import TEARDOWN_BUCKETS, Run, Runs
+
+RETRY_AFTER_ROTATION = (500, 3_000)  # milliseconds; spread, or all come back at once
+_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+STREAM_HEADERS = {
+    "Cache-Control": "no-store, no-transform",
+    "X-Accel-Buffering": "no",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@attrs.frozen
+class AppOptions:
+    """How the server speaks; seconds and bytes where nothing else is said.
+
+    Attributes:
+        heartbeat: Silence after which a stream says something meaningless.
+        rotation: Age at which a GET stream is asked to come back, times 0.8 to 1; 0 for never.
+        max_body: Of a request.
+        allowed_hosts: Names in the Host header beside those of loopback, without port.
+        cancel_patience: How long a cancel request waits for the run to be gone: cleanup has 5 s.
+    """
+
+    heartbeat: float = 10.0
+    rotation: float = 600.0
+    max_body: int = 1024 * 1024
+    allowed_hosts: tuple[str, ...] = ()
+    cancel_patience: float = 6.0
+
+
+@attrs.define
+class StreamCounts:
+    """What operators want to know of streams."""
+
+    open: int = 0
+    closed: Counter[CloseReason] = attrs.field(factory=Counter)
+    bytes: int = 0
+
+
+class _Wire(Protocol):
+    async def write(self, data: bytes | memoryview, /) -> None: ...
+
+
+@attrs.define(eq=False)
+class Lease:
+    """What a request holds of a run, and how its end is told.
+
+    Attributes:
+        reason: Why it ended; the first one stands.
+    """
+
+    run: Run | None = None
+    reader: Reader | None = None
+    reason: CloseReason | None = None
+
+    def take(self, run: Run, reader: Reader | None = None) -> None:
+        """Hold a run, by the reader that was attached to it or just by waiting for it."""
+        self.run, self.reader = run, reader
+        if reader is None:
+            run.hold(self)
+
+    def end(self, reason: CloseReason) -> None:
+        """Note why the request is done with the run."""
+        self.reason = self.reason or reason
+
+    def release(self, otherwise: CloseReason) -> CloseReason:
+        """Let go; returns why, which is `otherwise` where nobody has said."""
+        self.reason = self.reason or otherwise
+        if self.run is not None and self.reader is not None:
+            self.run.detach(self.reader, self.reason)
+        elif self.run is not None:
+            self.run.release(self, self.reason)
+        return self.reason
+
+
+class EventStream(ResponseBody):
+    """A run's frames, written to the wire as they come.
+
+    Quart starts the response and ends it; everything between goes straight to the connection, in
+    one write per wake-up. It yields nothing to Quart.
+    """
+
+    def __init__(
+        self,
+        *,
+        lease: Lease,
+        wire: _Wire,
+        dialect: Dialect,
+        options: AppOptions,
+        counts: StreamCounts,
+        rotates: bool,
+    ) -> None:
+        assert lease.run is not None
+        assert lease.reader is not None
+        self._run, self._reader, self._lease = lease.run, lease.reader, lease
+        self._wire, self._dialect, self._options, self._counts = wire, dialect, options, counts
+        self._rotates = rotates
+        self._written_at = trio.current_time()
+
+    async def __aenter__(self) -> Self:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return self
+
+    def __aiter__(self) -> "EventStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        timer, now = self._run.owner.timer, trio.current_time()
+        if self._dialect.heartbeat is not None:
+            self._beat = timer.call_at(now + self._options.heartbeat, self._see_silence)
+        rotation = None
+        if self._rotates and self._options.rotation:
+            age = self._options.rotation * random.uniform(0.8, 1.0)  # noqa: S311  # to spread load
+            rotation = timer.call_at(now + age, self._rotate)
+        try:
+            await self._pour()
+        except SlowClient:
+            self._lease.end("slow_client")
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lease.end("client_left")
+        finally:
+            if self._dialect.heartbeat is not None:
+                self._beat.cancel()
+            if rotation is not None:
+                rotation.cancel()
+        raise StopAsyncIteration
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Leave everything to the lease: there is nothing here to close."""
+
+    async def _pour(self) -> None:
+        reader = self._reader
+        await self._write(self._dialect.prelude)
+        while True:
+            if reader.closing is not None:
+                milliseconds = random.randint(*RETRY_AFTER_ROTATION)  # noqa: S311  # to spread load
+                await self._write(self._dialect.farewell(milliseconds))
+                self._lease.end(reader.closing)
+                return
+            if frames := reader.take():
+                await self._write(frames)
+            elif reader.is_behind:  # the encoder is on its way through a long log
+                await trio.lowlevel.checkpoint()
+            elif reader.is_finished:
+                self._lease.end("finished")
+                return
+            else:
+                await reader.wait()
+                if reader.beat:
+                    reader.beat = False
+                    await self._write(self._dialect.heartbeat or b"")
+
+    async def _write(self, frames: bytes) -> None:
+        whole = memoryview(frames)  # of a large frame each slice has its time, and none is copied
+        for start in range(0, len(frames), MAX_WRITE):
+            await self._wire.write(whole[start : start + MAX_WRITE])
+        self._written_at = trio.current_time()
+        self._counts.bytes += len(frames)
+
+    def _rotate(self) -> None:
+        if not self._run.owner.is_closing:  # else there is nowhere to come back to
+            self._reader.close("rotated")
+
+    def _see_silence(self) -> None:
+        now, silence = trio.current_time(), self._options.heartbeat
+        due = self._written_at + silence
+        if due <= now:
+            self._reader.ring_for_silence()
+            due = now + silence
+        self._beat = self._run.owner.timer.call_at(due, self._see_silence)
+
+
+@attrs.frozen
+class _Unheeded:
+    """In a nursery's place: a scope that nobody is in."""
+
+    cancel_scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+
+
+class Connection(TrioASGIHTTPConnection):
+    """One request, from its head to the end of its response.
+
+    What Quart-Trio does, but for three things: a disconnect that Hypercorn reports because the
+    response is complete does not cancel the code that completes it (else the connection is neither
+    closed nor reused); the request runs in this task, one less per stream; and whatever it holds of
+    a run is let go here.
+    """
+
+    app: "AgentsseApp"
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        """Serve the request; cancelled, it lets go of its run like a client that left."""
+        started = trio.current_time()
+        self.is_complete = self.has_left = False
+        self.status: int | None = None
+        self.lease = Lease()
+        self.scope["state"]["lease"] = self.lease
+
+        async def send_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                self.is_complete = True
+            await send(message)
+
+        try:
+            request = self._create_request_from_scope(send_on)
+        except (ValueError, IndexError):  # a target such as `http://[` or `?query`
+            await _refuse(send_on, "expected a path, got a target that is no valid URL")
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wait_for_leave, nursery, request, receive)
+                await self._respond(nursery, request, send_on)
+        except Exception:
+            self.lease.end("error")  # ours: whoever was reading may come back
+            raise
+        finally:
+            if self.has_left:
+                self.lease.end("client_left")
+            # Cancelled by nobody of ours: the connection has failed, or the server stops.
+            reason = self.lease.release("shutdown" if self.app.runs.is_closing else "error")
+            if self.lease.reader is not None:
+                self.app.streams.closed[reason] += 1
+                self.app.streams.open -= 1
+            self._log(started)
+
+    async def _wait_for_leave(self, nursery: trio.Nursery, request: Any, receive: Any) -> None:
+        taken, most = 0, self.app.options.max_body
+
+        async def receive_within() -> Any:
+            # Quart keeps what comes until somebody reads it, which may be never: past the limit a
+            # body is said to end, which Quart refuses, and what is behind it is dropped.
+            nonlocal taken
+            while (message := await receive())["type"] == "http.request":
+                before, taken = taken, taken + len(message.get("body", b""))
+                if before <= most:
+                    return message if taken <= most else {**message, "more_body": False}
+            return message
+
+        # Quart-Trio cancels what it is given as soon as the client is gone: ours to decide.
+        await super().handle_messages(_Unheeded(), request, receive_within)  # type: ignore[arg-type]
+        if not self.is_complete:
+            self.has_left = True
+            nursery.cancel_scope.cancel(reason="the client has left")
+
+    async def _respond(self, nursery: trio.Nursery, request: Any, send: Any) -> None:
+        response = await self.app.handle_request(request)
+        # No time limit on a response: a stream lasts as long as its run, and a write has its own.
+        await self._send_response(send, response)
+        nursery.cancel_scope.cancel(reason="the response is complete")
+
+    def _log(self, started: float) -> None:
+        scope, lease = self.scope, self.lease
+        self.app.report(
+            "request",
+            method=scope["method"],
+            path=_path_of(scope["raw_path"]),
+            status=self.status if self.status is not None else 499,
+            seconds=round(trio.current_time() - started, 6),
+            **({"run_id": lease.run.id, "closed": lease.reason} if lease.run is not None else {}),
+        )
+
+
+async def _refuse(send: Callable[[Any], Awaitable[None]], message: str) -> None:
+    body = problem_json(Problem(code="bad_request", message=message, status=400))
+    headers = [(b"content-type", b"application/problem+json"), (b"connection", b"close")]
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class AgentsseApp(QuartTrio):
+    """The ASGI application: the dialects' routes, and what operators ask for.
+
+    Args:
+        runs: The engine.
+        dialects: Each with its mount; two claims on one path are refused.
+        options: How it speaks.
+        report: Called with an event's name and facts, for each request and each crash.
+        connections: The listener's counts, for the metrics.
+    """
+
+    asgi_http_class = Connection
+
+    def __init__(
+        self,
+        runs: Runs,
+        dialects: tuple[Dialect, ...],
+        *,
+        options: AppOptions,
+        report: Callable[..., object],
+        connections: Counts,
+    ) -> None:
+        super().__init__("agentsse", static_folder=None)
+        self.runs, self.options, self.report = runs, options, report
+        self.streams, self.connections = StreamCounts(), connections
+        self.dialects = {dialect.name: dialect for dialect in dialects}
+        self.config["MAX_CONTENT_LENGTH"] = options.max_body
+        self.before_request(self._guard)
+        self.after_request(self._allow_origin)
+        self.register_error_handler(Exception, self._answer_error)
+        views = {
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/metrics": self._metrics,
+        }
+        for path, view in views.items():
+            self.add_url_rule(path, path, view, methods=["GET"])
+        claims = {("GET", path): "the server itself" for path in views}
+        for dialect in dialects:
+            for route in dialect.routes:
+                self._claim(claims, dialect, route)
+
+    def _claim(self, claims: dict[tuple[str, str], str], dialect: Dialect, route: Route) -> None:
+        path = dialect.mount.rstrip("/") + route.path
+        pattern = "/".join("<>" if piece.startswith("<") else piece for piece in path.split("/"))
+        other = claims.setdefault((route.method, pattern), dialect.name)
+        if other != dialect.name:
+            raise ConfigError(
+                f"expected one dialect for {route.method} {path}, got {other!r} and "
+                f"{dialect.name!r}: give one of them another mount, in [dialects.{dialect.name}]"
+            )
+        view = partial(self._view, dialect, route)
+        self.add_url_rule(path, f"{route.method} {path}", view, methods=[route.method])
+
+    # One request
+
+    async def _view(self, dialect: Dialect, route: Route, **parameters: str) -> Response:
+        try:
+            return await self._act(dialect, await self._decode(route, parameters))
+        except AgentsseError as error:
+            return _error(error, dialect.problem, dialect.problem_type)
+
+    async def _decode(self, route: Route, parameters: Mapping[str, str]) -> Intent:
+        try:
+            body: bytes = await current_request.get_data(True, False, False)
+        except RequestEntityTooLarge as error:
+            raise TooLarge(
+                f"expected a body of at most {self.options.max_body} bytes, got more"
+            ) from error
+        return route.decode(
+            Request(
+                method=current_request.method,
+                parameters=parameters,
+                query=current_request.args.to_dict(),
+                headers={name.lower(): value for name, value in current_request.headers.items()},
+                body=body,
+            )
+        )
+
+    async def _act(self, dialect: Dialect, intent: Intent) -> Response:
+        match intent:
+            case Start():
+                return await self._start(dialect, intent)
+            case Watch():
+                return self._watch(dialect, intent)
+            case Cancel():
+                return await self._cancel(dialect, intent)
+            case Answer():
+                return self._answer(dialect, intent)
+            case Show():
+                return _json(dialect.present(self.runs.find(intent.run_id).snapshot()))
+            case ListRuns():
+                return await self._list_runs(dialect, intent)
+            case ListAgents():
+                return self._list_agents()
+            case _:
+                assert_never(intent)
+
+    async def _start(self, dialect: Dialect, order: Start) -> Response:
+        run, _ = self.runs.start(order, default=dialect.on_disconnect)
+        location = {"Location": f"{dialect.mount.rstrip('/')}/runs/{run.id}/events"}
+        match order.delivery:
+            case "stream":
+                return self._stream(dialect, run, START, order.options, headers=location)
+            case "background":
+                return _json(dialect.present(run.snapshot()), 202, location)
+            case "wait":
+                self._lease.take(run)
+                await run.done.wait()
+                self._lease.end("finished")
+                assert run.end is not None
+                if run.end.outcome == "error" and (problem := run.end.error) is not None:
+                    status = problem.status if 400 <= problem.status < 600 else 500
+                    body = dialect.problem(problem)
+                    return _json(body, status, location, kind=dialect.problem_type)
+                return _json(dialect.present(run.snapshot()), 200, location)
+            case _:
+                assert_never(order.delivery)
+
+    def _watch(self, dialect: Dialect, watch: Watch) -> Response:
+        run = self.runs.find(watch.run_id)
+        if watch.dialect is not None:
+            if watch.dialect not in self.dialects:
+                raise BadRequest(
+                    f"dialect: expected one of {', '.join(self.dialects)}, "
+                    f"got {watch.dialect[:40]!r}"
+                )
+            dialect = self.dialects[watch.dialect]
+        after = Position(*watch.after)
+        if watch.headers_only:
+            return Response(b"", 200, STREAM_HEADERS, content_type=dialect.media_type)
+        if run.log.closed and after == Position(run.log.end):
+            return Response(b"", 204)
+        return self._stream(dialect, run, after, watch.options, rotates=True)
+
+    def _stream(
+        self,
+        dialect: Dialect,
+        run: Run,
+        after: Position,
+        options: Hashable,
+        *,
+        headers: Mapping[str, str] | None = None,
+        rotates: bool = False,
+    ) -> Response:
+        reader = run.attach((dialect.name, options), partial(dialect.encoder, options), after)
+        self._lease.take(run, reader)
+        self.streams.open += 1
+        body = EventStream(
+            lease=self._lease,
+            wire=current_request.scope["state"]["wire"],
+            dialect=dialect,
+            options=self.options,
+            counts=self.streams,
+            rotates=rotates,
+        )
+        return Response(
+            body, 200, {**STREAM_HEADERS, **(headers or {})}, content_type=dialect.media_type
+        )
+
+    async def _cancel(self, dialect: Dialect, order: Cancel) -> Response:
+        run = self.runs.find(order.run_id)
+        match order.mode:
+            case "now":
+                run.cancel("client_cancel", reason=order.reason)
+            case "after_step":
+                run.cancel_after_step(reason=order.reason)
+            case _:
+                assert_never(order.mode)
+        with trio.move_on_after(self.options.cancel_patience):
+            await run.done.wait()
+        return _json(dialect.present(run.snapshot()), 200 if run.done.is_set() else 202)
+
+    def _answer(self, dialect: Dialect, answer: Answer) -> Response:
+        run = self.runs.find(answer.run_id)
+        open_requests = list(run.context.asked)
+        if run.log.closed:
+            raise Conflict(f"expected a run that goes on, got {run.id}, which is over")
+        request_id = answer.request_id
+        if request_id is None:
+            if len(open_requests) != 1:
+                raise BadRequest(
+                    f"request_id: expected one of {', '.join(open_requests) or '(none is open)'}, "
+                    "got none"
+                )
+            request_id = open_requests[0]
+        run.context.answer(request_id, answer.answers)
+        return _json(dialect.present(run.snapshot()))
+
+    async def _list_runs(self, dialect: Dialect, order: ListRuns) -> Response:
+        shown = []
+        for run in [run for run in self.runs if order.state in (None, run.state)][: order.limit]:
+            await trio.lowlevel.checkpoint()  # a snapshot looks at a whole log
+            shown.append(msgspec.Raw(dialect.present(run.snapshot(brief=True))))
+        return _json(msgspec.json.encode({"runs": shown}))
+
+    def _list_agents(self) -> Response:
+        return _json(
+            msgspec.json.encode(
+                {
+                    "agents": [
+                        {
+                            "name": agent.name,
+                            "description": agent.description,
+                            "model": agent.model,
+                            "on_disconnect": agent.on_disconnect,
+                            "tools": [
+                                {"name": t.name, "description": t.description} for t in agent.tools
+                            ],
+                        }
+                        for agent in self.runs.agents.values()
+                    ]
+                }
+            )
+        )
+
+    @property
+    def _lease(self) -> Lease:
+        lease: Lease = current_request.scope["state"]["lease"]
+        return lease
+
+    # Who may speak
+
+    async def _guard(self) -> Response | None:
+        """Refuse what a foreign page, or a name that was bound to this address, may send.
+
+        Async, though it waits for nothing: Quart runs sync functions in a worker thread.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        host = current_request.headers.get("Host", "")
+        name = _without_port(host.lower())
+        if host and name not in LOOPBACK_NAMES and name not in self.options.allowed_hosts:
+            error = Misdirected(
+                f"Host: expected a name of this server ({', '.join(sorted(LOOPBACK_NAMES))}), "
+                f"got {host[:80]!r}; add it to allowed_hosts in [server]"
+            )
+            return _error(error)
+        origin = current_request.headers.get("Origin")
+        if origin is not None and not _is_local(origin):
+            return _error(
+                Forbidden(
+                    f"Origin: expected a page from localhost, 127.0.0.1 or [::1], "
+                    f"got {origin[:80]!r}"
+                )
+            )
+        if current_request.method == "OPTIONS" and origin is not None:
+            return Response(
+                b"",
+                204,
+                {
+                    "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+                    "Access-Control-Allow-Headers": current_request.headers.get(
+                        "Access-Control-Request-Headers", "*"
+                    ),
+                    "Access-Control-Max-Age": "600",
+                },
+            )
+        return None
+
+    async def _allow_origin(self, response: Response) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        origin = current_request.headers.get("Origin")
+        if origin is not None and _is_local(origin):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "Location, Retry-After"
+            response.headers["Vary"] = "Origin"
+        return response
+
+    async def _answer_error(self, error: Exception) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        match error:
+            case AgentsseError():
+                return _error(error)
+            case MethodNotAllowed():
+                methods = tuple(sorted(error.valid_methods or ()))
+                return _error(
+                    NotAllowed(
+                        f"expected one of {', '.join(methods)} for this path, "
+                        f"got {current_request.method}",
+                        methods,
+                    )
+                )
+            case HTTPException(code=404):
+                return _error(
+                    NotFound(
+                        "expected a path that this server knows, got "
+                        f"{current_request.path[:80]!r}; GET /agents lists what can be run"
+                    )
+                )
+            case HTTPException():
+                code = (error.name or "error").lower().replace(" ", "_")
+                problem = Problem(
+                    code=code, message=error.description or code, status=error.code or 500
+                )
+            case _:
+                self._lease.end("error")
+                self.report(
+                    "crash",
+                    where=f"{current_request.method} {_path_of(current_request.scope['raw_path'])}",
+                    error=type(error).__name__,
+                    traceback=redact("".join(traceback.format_exception(error))),
+                )  # fmt: skip
+                problem = Problem(
+                    code="internal",
+                    message=f"the server raised {type(error).__name__}; its log has the details",
+                )
+        return _json(problem_json(problem), problem.status, kind="application/problem+json")
+
+    # What operators ask for
+
+    async def _live(self) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        return _json(b'{"status":"ok"}')
+
+    async def _ready(self) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.runs.is_closing:
+            raise Overloaded("the server is about to stop", 5)
+        return _json(b'{"status":"ok"}')
+
+    async def _metrics(self) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        from .metrics import render  # noqa: PLC0415  # 60 ms, and only for those who ask
+
+        text, kind = render(
+            self.runs.statistics(), self.streams, self.connections, buckets=TEARDOWN_BUCKETS
+        )
+        return Response(text, 200, content_type=kind)
+
+
+def _json(
+    body: bytes,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    *,
+    kind: str = "application/json",
+) -> Response:
+    return Response(
+        body, status, {"Cache-Control": "no-store", **(headers or {})}, content_type=kind
+    )
+
+
+def _error(
+    error: AgentsseError,
+    problem: Callable[[Problem], bytes] = problem_json,
+    kind: str = "application/problem+json",
+) -> Response:
+    shown = Problem(code=error.code, message=error.message, status=error.status)
+    headers = {}
+    match error:
+        case Overloaded():
+            headers["Retry-After"] = str(error.retry_after)
+        case NotAllowed():
+            headers["Allow"] = ", ".join(error.allow)
+        case _:
+            pass
+    return _json(problem(shown), error.status, headers, kind=kind)
+
+
+def _path_of(target: bytes) -> str:
+    """The path of a request's target, still escaped: fit for a log, and without a password."""
+    text = target.decode("ascii", "replace")
+    return text if text.startswith("/") else "/" + text.partition("//")[2].partition("/")[2]
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isascii() and port.isdigit() else host
+
+
+def _is_local(origin: str) -> bool:
+    return _LOCAL_ORIGIN.fullmatch(origin) is not None

@@ -1,0 +1,406 @@
+"""The composition root: sockets, signals, nurseries, and the order in which they end.
+
+Knows: which parts there are and who owns whom. Must never know what a request or an event means.
+
+    services    the timer
+    supervisor  one task per run                            (runs.py)
+    listener    one task per connection                     (listener.py, app.py)
+
+They are opened in this order and end in the other one: first the runs, which gives every stream its
+end, then the connections, then the timer. A drain is that, on time.
+"""
+
+import gc
+import ipaddress
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeGuard
+
+import attrs
+import trio
+
+from .agents import Agent
+from .app import AgentsseApp, AppOptions
+from .config import AgentSettings, Settings, load_object
+from .dialects import Dialect
+from .dialects.native import NATIVE
+from .errors import ConfigError
+from .guide import guide
+from .listener import Counts, ListenerOptions, open_sockets, serve as listen
+from .providers import Provider
+from .providers.offline import OfflineProvider
+from .runs import Limits, Run, Runs, contained, open_runs
+from .tools import Tool, Toolset
+
+DIALECTS: tuple[Dialect, ...] = (NATIVE,)
+RESERVED_DESCRIPTORS = 64  # for logs, upstreams and files, beside the connections
+MIN_CLEANUP = 5.0  # seconds, at most half of the drain, that cancelled runs get to clean up
+MIN_FAREWELL = 0.5  # seconds that streams get for their last bytes, though the drain is over
+
+Report = Callable[..., None]
+
+
+@attrs.define(eq=False, repr=False)
+class Server:
+    """A server that listens.
+
+    Attributes:
+        urls: Where, such as `http://127.0.0.1:8080`.
+        runs: The engine.
+        app: The HTTP side.
+        connections: Counts for operators.
+    """
+
+    urls: list[str]
+    runs: Runs
+    app: AgentsseApp
+    connections: Counts
+
+    async def drain(self, seconds: float) -> list[Run]:
+        """End everything that goes on, within a time.
+
+        New runs are refused at once. Those that go on may end by themselves for all but the last
+        5 s (at most half) of the time; then they are cancelled with the cause `shutdown`, and their
+        streams get their end like any other.
+
+        Returns:
+            The runs that have outlived it: each shields itself from cancellation.
+        """
+        until = trio.current_time() + seconds
+        self.runs.is_closing = True
+        with trio.move_on_at(until - min(MIN_CLEANUP, seconds / 2)):
+            await self.runs.wait_idle()
+        self.runs.close("shutdown")
+        with trio.move_on_at(until):
+            await self.runs.wait_idle()
+        return self.runs.unfinished()
+
+
+@asynccontextmanager
+async def open_server(
+    agents: Sequence[Agent],
+    settings: Settings | None = None,
+    *,
+    providers: Mapping[str, Provider] | None = None,
+    report: Report = lambda *_args, **_facts: None,
+) -> AsyncIterator[Server]:
+    """Open a server; leaving the context ends its runs, then its connections.
+
+    Args:
+        agents: What can be run; their names must differ.
+        settings: All that can be set; port 0 finds a free one.
+        providers: Model APIs by name, beside `offline`.
+        report: Called with an event's name and facts, for the log; what it raises is dropped.
+
+    Raises:
+        ConfigError: Two agents of one name, an address that is not loopback, or one in use.
+        ExceptionGroup: As nurseries do, it wraps what the block raises.
+    """
+    settings, report = settings or Settings(), contained(report)
+    check_settings(settings, agents, providers=providers)
+    by_name = {agent.name: agent for agent in agents}
+    offered = make_providers(settings) | dict(providers or {})
+    options = _listener_options(settings)
+    sockets = _open_sockets(options, report)
+    counts = Counts()
+    stop = trio.Event()
+    try:
+        async with open_runs(
+            by_name, limits=make_limits(settings), providers=offered, report=report
+        ) as runs:
+            app = AgentsseApp(
+                runs,
+                _mounted(settings),
+                options=_app_options(settings),
+                report=report,
+                connections=counts,
+            )
+            async with trio.open_nursery() as nursery:
+                urls = await nursery.start(
+                    partial(
+                        listen, app, sockets, options,
+                        shutdown_trigger=stop.wait, log=report, counts=counts,
+                    )
+                )  # fmt: skip
+                try:
+                    yield Server(urls, runs, app, counts)
+                    runs.close("shutdown")
+                    with trio.move_on_after(settings.limits.cleanup + MIN_FAREWELL):
+                        await runs.wait_idle()
+                finally:
+                    runs.close("shutdown")
+                    stop.set()
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+async def serve(
+    agents: Sequence[Agent],
+    settings: Settings,
+    *,
+    providers: Mapping[str, Provider] | None = None,
+    report: Report,
+    announce: Callable[[Server], None],
+    flush: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve until a signal says to stop, drain, and say how that went.
+
+    Args:
+        agents: What can be run.
+        settings: All that can be set.
+        providers: Model APIs by name.
+        report: For the log.
+        announce: Called once, when it listens.
+        flush: Called before the process ends without further ado: what was reported is written.
+
+    Returns:
+        The exit code: 0, or 1 if a run outlived the drain; it has been named in the log.
+
+    SIGTERM or SIGINT begins the drain. A second one ends the process at once.
+    """
+    raise_descriptor_limit(report)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as watch:
+            with trio.CancelScope() as whole:
+                async with open_server(
+                    agents, settings, providers=providers, report=report
+                ) as server:
+                    gc.freeze()  # what is here now stays: no collection need look at it again
+                    announce(server)
+                    received = signal.Signals(await anext(signals))
+                    watch.start_soon(_end_at_second_signal, signals, flush)
+                    drain = settings.server.drain
+                    until = trio.current_time() + drain
+                    report("draining", signal=received.name, seconds=drain)
+                    for run in (unfinished := await server.drain(drain)):
+                        report("run_outlived_drain", run_id=run.id, agent=run.agent.name)
+                    if unfinished:
+                        _exit(1, flush)
+                    # Every stream has its end; a client that does not take it is not waited for.
+                    whole.deadline = max(until, trio.current_time() + MIN_FAREWELL)
+            watch.cancel_scope.cancel()
+    report("stopped")
+    return 0
+
+
+async def _end_at_second_signal(signals: AsyncIterator[int], flush: Callable[[], None]) -> None:
+    _exit(128 + await anext(signals), flush)
+
+
+def _exit(code: int, flush: Callable[[], None]) -> None:
+    """Leave without waiting for anybody: what is left is what does not want to end."""
+    flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, full, or None where there never was one
+            stream.flush()
+    os._exit(code)
+
+
+def make_agents(settings: Settings, reference: str | None) -> list[Agent]:
+    """Find the agents that are to be served.
+
+    Args:
+        settings: Their `[agents.NAME]` tables, and the folder of the guide.
+        reference: A file or `module:object`: an agent, several, or a module that holds them.
+
+    Returns:
+        Those of the reference, then those of the settings; the built-in guide where there is none
+        of either, or where a folder was named for it.
+
+    Raises:
+        ConfigError: Something named is not there, or is not what it should be.
+    """
+    agents = [] if reference is None else _agents_in(reference)
+    agents += [_model_agent(name, chosen) for name, chosen in settings.agents.items()]
+    if settings.server.folder is not None or not agents:
+        folder = settings.server.folder
+        agents.append(guide(None if folder is None else Path(folder)))
+    return agents
+
+
+def _agents_in(reference: str) -> list[Agent]:
+    found = load_object(reference, what="agents")
+    if isinstance(found, Agent):
+        return [found]
+    values = vars(found).values() if isinstance(found, ModuleType) else found
+    agents = [value for value in values if isinstance(value, Agent)] if _is_many(values) else []
+    if not agents:
+        raise ConfigError(
+            f"{reference}: expected an agent, or a module with some, got none: "
+            "decorate an async function of (run, input) with @agent"
+        )
+    return list(dict.fromkeys(agents))  # a module may know one by two names
+
+
+def _is_many(found: object) -> TypeGuard[Iterable[object]]:
+    return isinstance(found, Iterable) and not isinstance(found, str)
+
+
+def _are_tools(found: Iterable[object]) -> TypeGuard[Iterable[Tool]]:
+    return all(isinstance(each, Tool) for each in found)
+
+
+def _model_agent(name: str, chosen: AgentSettings) -> Agent:
+    tools: list[Tool | Toolset] = []
+    for reference in chosen.tools:
+        match load_object(reference, what="a tool"):
+            # An agent, too, has an attribute `tools`, and a class is no source before it is called.
+            case Tool() | Toolset() as found if not isinstance(found, Agent | type):
+                tools.append(found)
+            case list() | tuple() as several if several and _are_tools(several):
+                tools += several
+            case other:
+                raise ConfigError(
+                    f"agents.{name}: tools: expected a tool at {reference!r}, got "
+                    f"{type(other).__name__}: decorate the function with @tool"
+                )
+    try:
+        return Agent.of_model(
+            name,
+            chosen.model,
+            instructions=chosen.instructions,
+            tools=tools,
+            description=chosen.description,
+            on_disconnect=chosen.on_disconnect,
+            max_running=chosen.max_running,
+            timeout=chosen.timeout,
+        )
+    except ValueError as error:
+        raise ConfigError(f"agents: {error}") from error
+
+
+def make_providers(settings: Settings) -> dict[str, Provider]:
+    """The model APIs that are built in, and those of the settings.
+
+    Raises:
+        ConfigError: A kind that there is not.
+    """
+    kinds: dict[str, Callable[[], Provider]] = {"offline": OfflineProvider}
+    providers: dict[str, Provider] = {"offline": OfflineProvider()}
+    for name, chosen in settings.providers.items():
+        if chosen.kind not in kinds:
+            raise ConfigError(
+                f"{settings.source}: providers.{name}.kind: expected one of {', '.join(kinds)}, "
+                f"got {chosen.kind!r}"
+            )
+        providers[name] = kinds[chosen.kind]()
+    return providers
+
+
+def raise_descriptor_limit(report: Report) -> None:
+    """Allow as many connections as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            report("descriptor_limit", soft=soft, hard=hard, error=str(error))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address stands for this machine only."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):  # ValueError: a name that IDNA cannot encode
+        return False
+    return bool(found) and all(
+        ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found
+    )
+
+
+def _open_sockets(options: ListenerOptions, report: Report) -> list[socket.socket]:
+    try:
+        sockets, lacking = open_sockets(options)
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    if lacking:
+        report("socket_options_lacking", options=lacking)
+    return sockets
+
+
+def _mounted(settings: Settings) -> tuple[Dialect, ...]:
+    known = {dialect.name: dialect for dialect in DIALECTS}
+    unknown = sorted(set(settings.dialects) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"{settings.source}: dialects: expected some of {', '.join(known)}, "
+            f"got {', '.join(unknown)}"
+        )
+    for name, chosen in settings.dialects.items():
+        if chosen.mount is not None:
+            known[name] = attrs.evolve(known[name], mount=chosen.mount)
+    return tuple(known.values())
+
+
+def check_settings(
+    settings: Settings,
+    agents: Sequence[Agent],
+    *,
+    providers: Mapping[str, Provider] | None = None,
+) -> None:
+    """See whether a server could be made of this, without opening anything.
+
+    Raises:
+        ConfigError: Two agents of one name, a model of a provider that there is not, a dialect
+            that there is not, or an address that is not loopback.
+    """
+    names = [agent.name for agent in agents]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"expected agents of different names, got two of {', '.join(twice)}")
+    offered = make_providers(settings) | dict(providers or {})
+    for agent in agents:
+        provider = (agent.model or "offline:").partition(":")[0]
+        if provider not in offered and not agent.has_own_provider:
+            raise ConfigError(
+                f"agent {agent.name!r}: expected a model of one of the providers "
+                f"{', '.join(sorted(offered))}, got {agent.model!r}"
+            )
+    _mounted(settings)
+    if not is_loopback(settings.server.host):
+        raise ConfigError(
+            f"host: expected an address of loopback, got {settings.server.host!r}. Whoever can "
+            "connect can run agents, and there is no authentication: put a proxy that "
+            "authenticates before it"
+        )
+
+
+def make_limits(settings: Settings) -> Limits:
+    """The bounds of runs, as they are set."""
+    chosen = attrs.asdict(settings.limits)
+    return Limits(coalesce=chosen.pop("coalesce_ms") / 1000, **chosen)
+
+
+def _app_options(settings: Settings) -> AppOptions:
+    server = settings.server
+    return AppOptions(
+        heartbeat=server.heartbeat,
+        rotation=server.rotation,
+        max_body=server.max_body,
+        allowed_hosts=tuple(name.lower() for name in server.allowed_hosts),
+    )
+
+
+def _listener_options(settings: Settings) -> ListenerOptions:
+    server = settings.server
+    most: Any = server.max_connections
+    if most is None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = None if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED_DESCRIPTORS)
+    return ListenerOptions(
+        host=server.host,
+        port=server.port,
+        write_deadline=server.write_deadline,
+        tcp_user_timeout=server.tcp_user_timeout,
+        keep_alive=server.keep_alive,
+        max_connections=most,
+    )
