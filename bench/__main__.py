@@ -1,0 +1,43 @@
+"""`python -m bench WHAT`: measurements of agentsse beside others, in one run on one machine."""
+
+from pathlib import Path
+
+import click
+
+from . import saturate
+
+
+@click.group()
+def bench() -> None:
+    """Measure agentsse beside others, in one run on one machine."""
+
+
+@bench.command("saturate")
+@click.option("--quick", is_flag=True, help="20 streams x 200 events, one round.")
+@click.option("--streams", type=click.IntRange(1, 1_000), help="Streams at once; default 100.")
+@click.option("--events", type=click.IntRange(100, 90_000), help="Events of each; default 1000.")
+@click.option("--rounds", type=click.IntRange(1, 20), help="Of each server; default 3.")
+@click.option("--floor", type=float, help="Fail below this ratio.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Where to write all figures.")
+def _saturate(
+    *,
+    quick: bool,
+    streams: int | None,
+    events: int | None,
+    rounds: int | None,
+    floor: float | None,
+    file: Path | None,
+) -> None:
+    """Streams as fast as possible, through agentsse and through aiohttp."""
+    usual = saturate.Size(20, 200, 1) if quick else saturate.Size(100, 1_000, 3)
+    size = saturate.Size(streams or usual.streams, events or usual.events, rounds or usual.rounds)
+    raise SystemExit(saturate.measure(size, floor=floor, file=file))
+
+
+@bench.command("serve", hidden=True)
+def _serve() -> None:
+    """Be the agentsse server that is measured."""
+    saturate.serve_ticks()
+
+
+bench(prog_name="python -m bench")
