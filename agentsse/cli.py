@@ -276,7 +276,9 @@ async def _run(
                 nursery.start_soon(_cancel_on_signal, run, signals)
                 try:
                     await _print(run, nursery, as_json=as_json)
-                except BrokenPipeError:  # `| head`: the reader has left
+                except OSError as error:  # `| head`: the reader has left; or the disk is full
+                    if not isinstance(error, BrokenPipeError):
+                        click.echo(f"agentsse: cannot print: {error.strerror}", err=True)
                     run.cancel("disconnect")
                     await run.done.wait()
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

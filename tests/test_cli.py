@@ -428,6 +428,19 @@ def test_a_question_that_nobody_can_answer_ends_the_run(agents):
     assert "nobody can answer" in open_still.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")  # noqa: PTH110
+def test_a_full_disk_cancels_the_run(agents):
+    """What cannot be printed need not be done: it says why, and the exit code is 3."""
+    command = f"{sys.executable} -m agentsse run --agents {agents} ticker '{{\"n\": 99999}}'"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} > /dev/full"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert "cannot print: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 async def test_a_reader_that_leaves_the_pipe_cancels_the_run(agents):
     """`agentsse run ... | head -1` ends, without a traceback."""
     command = f"{sys.executable} -m agentsse run --agents {agents} ticker '{{\"n\": 99999}}'"
