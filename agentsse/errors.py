@@ -6,7 +6,7 @@ came and what to do, and holds no secret. The text of any other exception stays 
 """
 
 import re
-from typing import ClassVar
+from typing import ClassVar, Final, Literal, TypeAlias
 
 MAX_MESSAGE = 4_000  # characters; enough for a list of names, too little to be an echo
 
@@ -25,7 +25,7 @@ class AgentsseError(Exception):
     @property
     def message(self) -> str:
         """The sentence given when it was raised; what is quoted in it may be long, it is not."""
-        text = str(self.args[0]) if self.args else self.code
+        text = (str(self.args[0]) if self.args else "") or self.code
         return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
@@ -142,11 +142,88 @@ class ToolError(AgentsseError):
     code = "tool_error"
 
 
-class ProviderError(AgentsseError):
-    """A model API that answered with an error, or with nothing that can be understood."""
+class BadArguments(ToolError):
+    """A call whose arguments do not fit the tool; the message tells the model what would."""
 
-    code = "provider_error"
-    status = 502
+    code = "bad_arguments"
+
+
+Fault: TypeAlias = Literal[
+    "auth",
+    "bad_request",
+    "content_filter",
+    "context_length",
+    "incomplete",
+    "malformed",
+    "not_found",
+    "overloaded",
+    "provider_error",
+    "quota",
+    "rate_limit",
+    "server_error",
+    "stalled",
+    "timeout",
+    "unreachable",
+]
+"""What was wrong with a model call; `provider_error` where the provider does not say."""
+
+# Worth another try in a moment; what is in neither set is worth a try elsewhere, but not here.
+TRANSIENT: Final[frozenset[Fault]] = frozenset(
+    {
+        "incomplete",
+        "overloaded",
+        "provider_error",
+        "rate_limit",
+        "server_error",
+        "timeout",
+        "unreachable",
+    }
+)
+# The same elsewhere: it is the request, or the configuration.
+FINAL: Final[frozenset[Fault]] = frozenset(
+    {"auth", "bad_request", "content_filter", "context_length", "not_found"}
+)
+_FAULT_STATUS: dict[str, int] = {
+    "content_filter": 422,
+    "context_length": 413,
+    "overloaded": 503,
+    "quota": 503,
+    "rate_limit": 503,
+    "stalled": 504,
+    "timeout": 504,
+}
+
+
+class ProviderError(AgentsseError):
+    """A model API that answered with an error, or with nothing that can be understood.
+
+    Args:
+        message: Says which provider, and what it said; holds no key.
+        code: What was wrong.
+        retry_after: Seconds that the provider wants to be left alone, if it says so.
+
+    Attributes:
+        is_transient: Whether the same call may succeed in a moment.
+        is_final: Whether it would fail at any other model as well.
+    """
+
+    def __init__(
+        self, message: str, *, code: Fault = "provider_error", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code: Fault = code  # type: ignore[misc]  # here each error has its own
+        self.status = _FAULT_STATUS.get(code, 502)  # type: ignore[misc]  # and it says how bad
+        self.retry_after = retry_after
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same call may succeed in a moment."""
+        return self.code in TRANSIENT
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it would fail at any other model as well."""
+        return self.code in FINAL
 
 
 class Unencodable(AgentsseError, ValueError):
