@@ -8,20 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agents import (
-        Agent as Agent,
+    from .agents import Agent as Agent, agent as agent
+    from .context import (
         RunContext as RunContext,
-        agent as agent,
         current_run as current_run,
         emit as emit,
     )
     from .errors import AgentError as AgentError, ToolError as ToolError
     from .events import Option as Option, Question as Question
+    from .server import make_provider as make_provider
     from .tools import (
         Tool as Tool,
         Toolset as Toolset,
         is_cancelled as is_cancelled,
+        run_program as run_program,
         tool as tool,
+        write_output as write_output,
     )
 
 _HOMES = {
@@ -29,15 +31,18 @@ _HOMES = {
     "AgentError": "agentsse.errors",
     "Option": "agentsse.events",
     "Question": "agentsse.events",
-    "RunContext": "agentsse.agents",
+    "RunContext": "agentsse.context",
     "Tool": "agentsse.tools",
     "ToolError": "agentsse.errors",
     "Toolset": "agentsse.tools",
     "agent": "agentsse.agents",
-    "current_run": "agentsse.agents",
-    "emit": "agentsse.agents",
+    "current_run": "agentsse.context",
+    "emit": "agentsse.context",
     "is_cancelled": "agentsse.tools",
+    "make_provider": "agentsse.server",
+    "run_program": "agentsse.tools",
     "tool": "agentsse.tools",
+    "write_output": "agentsse.tools",
 }
 
 __all__ = [  # noqa: PLE0604  # the names above, which type checkers see and Python makes

@@ -268,7 +268,9 @@ async def _run(
         async with open_runs(
             {agent.name: agent for agent in agents},
             limits=make_limits(settings),
-            providers=make_providers(settings),
+            providers=make_providers(
+                settings, {wanted for agent in agents for wanted in agent.wanted_providers}
+            ),
             report=report,
         ) as runs:
             run, _ = runs.start(Start(agent=name, input=input, delivery="stream"), default="cancel")

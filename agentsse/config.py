@@ -88,6 +88,10 @@ Variable: TypeAlias = Annotated[
         description="the name of an environment variable (letters, digits, underscores)",
     ),
 ]
+ToolCalls: TypeAlias = Annotated[
+    Literal["native", "text", "taught"], Meta(description='"native", "text" or "taught"')
+]
+Options: TypeAlias = Annotated[dict[str, Any], Meta(description="a table")]
 Mount: TypeAlias = Annotated[
     str,
     Meta(
@@ -188,6 +192,18 @@ class LimitSettings:
     max_steps: Count = 50
     """Model calls in one run: a loop that goes round and round ends here."""
 
+    max_tries: Count = 6
+    """Tries of one model call, while nothing of its answer was shown."""
+
+    retry_delay: SecondsOrZero = 2.0
+    """Seconds before the second try; doubled before each further one, up to 120."""
+
+    liveness: Seconds = 10.0
+    """Seconds between two signs that a step is still under way."""
+
+    stall: Seconds = 600.0
+    """Seconds a model's turn may go on without a sign of progress; then it is given up."""
+
 
 @attrs.frozen
 class ProviderSettings:
@@ -205,6 +221,19 @@ class ProviderSettings:
     key_file: Name | None = None
     """File that holds the key, relative to the working directory."""
 
+    options: Options = attrs.field(factory=dict, repr=False)
+    """What is sent with every call beside the conversation: `temperature`, for instance."""
+
+    omit: Names = ()
+    """Fields that are left out of every call, because the server refuses them."""
+
+    tool_calls: ToolCalls = "native"
+    """How the model calls tools: "native", as its API has it; "text", where it also writes calls
+    into its text; "taught", where its API has none and it is told how to write them."""
+
+    command: Names = ()
+    """The program, for a kind that runs one: "codex" and its arguments."""
+
 
 @attrs.frozen
 class AgentSettings:
@@ -221,6 +250,12 @@ class AgentSettings:
 
     tools: Names = ()
     """Places of tools, "package.module:attribute"."""
+
+    fallbacks: Names = ()
+    """Models, PROVIDER:MODEL, that take over where this one cannot answer."""
+
+    context_window: CountOrZero = 0
+    """Tokens that the model can hold; the stream is told when 85 % are used. 0: unknown."""
 
     on_disconnect: Policy | None = None
     """What becomes of a run whose readers left; None: what the client's dialect is used to."""
@@ -298,6 +333,8 @@ def load(path: Path | None, environ: Mapping[str, str], **overrides: Any) -> Set
     for name, provider in families["providers"].items():
         if provider.keys() >= {"key_env", "key_file"}:
             reader.refuse(("$", "providers", name), f"expected one of {_ELSEWHERE}, got both")
+        for place in _secrets(provider.get("options"), ("$", "providers", name, "options")):
+            reader.refuse(place, f"a secret has no place in this file; use {_ELSEWHERE}")
     variables = reader.variables(environ)
     options = {
         name: reader.value(
@@ -315,6 +352,22 @@ def load(path: Path | None, environ: Mapping[str, str], **overrides: Any) -> Set
         dialects={name: DialectSettings(**keys) for name, keys in families["dialects"].items()},
         source="defaults" if path is None else str(path),
     )
+
+
+def _secrets(value: object, place: _Place) -> Iterator[_Place]:
+    """Where in a table, at any depth, a key has the name of a secret."""
+    match value:
+        case dict():
+            for key, inner in value.items():
+                if _SECRET.search(key):
+                    yield (*place, key)
+                else:
+                    yield from _secrets(inner, (*place, key))
+        case list():
+            for inner in value:
+                yield from _secrets(inner, place)
+        case _:
+            pass
 
 
 def load_object(reference: str, *, what: str) -> object:

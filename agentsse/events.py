@@ -45,15 +45,28 @@ class Problem(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Usage(Struct, frozen=True, kw_only=True, gc=False):
-    """Tokens that a run, or one model call, has used."""
+    """Tokens that a run, or one model call, has used.
+
+    Attributes:
+        input_tokens: All that the model was given, cached or not.
+        output_tokens: All that it made, reasoning included.
+        reasoning_tokens: Of the output, where the provider says.
+        cache_read_tokens, cache_write_tokens: Of the input, where the provider says.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            cache_read_tokens=self.cache_read_tokens + other.cache_read_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
         )
 
 
@@ -421,6 +434,17 @@ def encode_json(value: object, *, what: str = "the value") -> Raw:
     return Raw(encoded)
 
 
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can carry: halves of surrogate pairs are joined, or replaced where alone."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def decode_json(data: bytes | str | Raw) -> Any:
     """Read JSON as Python's plain types; depth and numbers are bounded by msgspec.
 
@@ -458,8 +482,29 @@ def _shown(key: object) -> str:
     return text[:40].encode(errors="backslashreplace").decode()
 
 
+def _is_finite(value: object) -> bool:
+    ahead = [value]
+    while ahead:
+        value = ahead.pop()
+        match value:
+            case float():
+                if not math.isfinite(value):
+                    return False
+            case str() | int() | None:
+                pass
+            case dict():
+                ahead += value.values()
+            case list() | tuple():
+                ahead += value
+            case _:
+                ahead += [child for child, _ in _children(value, "")]
+    return True
+
+
 def _not_finite(value: object, place: str) -> str | None:
     """Find the first number that JSON has no word for; no recursion, what is deep is welcome."""
+    if _is_finite(value):  # where each value is takes far more room than the values
+        return None
     ahead = [(value, place)]
     while ahead:
         value, place = ahead.pop()

@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import attrs
 from msgspec import Meta
 
-from .agents import Agent, emit
+from .agents import Agent
+from .context import emit
 from .errors import ConfigError, ToolError
 from .providers.offline import (
     PASSAGE_LINES,

@@ -24,6 +24,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal, Never, TypeAlias
 
 import attrs
@@ -36,6 +37,8 @@ from .events import AnyEvent, PartDelta, ToolOutputDelta, encode_event, encode_e
 MAX_WRITE = 64 * 1024  # bytes that one write takes: what a socket buffer holds anyway
 STRIDE = 1_000  # events encoded between two checkpoints: 100,000 at once stall the loop for 95 ms
 TICK = 0.005  # seconds; what falls due within one tick shares one wake-up
+DELTA = 100  # bytes of a delta beside its text, about
+PATIENCE = 1.0  # seconds, at most, that a burst is waited for whose end nobody tells
 FORGOTTEN = 100  # cancelled entries that the timer's heap may hold before it is worth tidying
 
 LONG_AGO = -math.inf
@@ -68,6 +71,7 @@ class Timer:
     task sleeps when nothing is.
     """
 
+    report: Callable[[Exception], object] = lambda _error: None
     _heap: list[tuple[float, int, Due]] = attrs.field(factory=list)
     _count: int = 0
     _forgotten: int = 0
@@ -76,7 +80,7 @@ class Timer:
     def call_at(self, when: float, function: Callable[[], object]) -> Due:
         """Have `function` called at `when` (the loop's clock), or up to a tick later.
 
-        The function is sync and must not raise: there is nobody to tell.
+        The function is sync. What it raises is reported, and nobody else notices.
         """
         if math.isinf(when):
             return Due(self, None)
@@ -86,6 +90,20 @@ class Timer:
         heapq.heappush(self._heap, (when, self._count, due))
         self._sleep.deadline = min(self._sleep.deadline, when)
         return due
+
+    async def sleep_until(self, when: float) -> None:
+        """Wait like `trio.sleep_until`, up to a tick longer: for many it costs half of that.
+
+        No scope, no deadline of its own; those who wait for the same tick wake up together.
+        """
+        task = trio.lowlevel.current_task()
+        due = self.call_at(when, partial(trio.lowlevel.reschedule, task))
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            due.cancel()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def forget_one(self) -> None:
         """Count an entry that is no longer wanted; where most are not, the heap is made anew."""
@@ -116,7 +134,10 @@ class Timer:
                 self._forgotten -= 1
             else:
                 function, due.function = due.function, None
-                function()
+                try:
+                    function()
+                except Exception as error:  # noqa: BLE001  # it would end all runs
+                    self.report(error)
 
 
 @attrs.define(eq=False, repr=False)
@@ -398,6 +419,8 @@ class Coalescer:
 
     The first delta after anything else goes in at once, later ones at most once per window, each
     part's in one piece. An event that is no delta flushes what is held, so that the order stays.
+    Whoever knows when all that came together is in, says so by `lull`: what comes in bursts is then
+    joined burst by burst, and none waits for a window that has passed.
 
     Attributes:
         window: Seconds; 0 turns it off. What is held never grows beyond one write.
@@ -409,7 +432,9 @@ class Coalescer:
     _held: dict[tuple[type, str], list[PartDelta | ToolOutputDelta]] = attrs.field(factory=dict)
     _held_bytes: int = 0
     _open_at: float = LONG_AGO
+    _is_burst: bool = False
     _due: Due | None = None
+    _safety: Due | None = None
 
     def append(self, event: AnyEvent) -> None:
         """Put an event into the log, now or at the window's end; sync, legal while cancelled.
@@ -429,8 +454,16 @@ class Coalescer:
         if self._held:
             self.flush()
         self._open_at = LONG_AGO
+        self._is_burst = False
         log = self.log
         log.commit(log.append(event))
+
+    def lull(self) -> None:
+        """Note that nothing more is here now; what comes next comes in bursts as well."""
+        self._is_burst = True
+        # Bursts come a window apart, and none does so to the microsecond.
+        if self._held and trio.current_time() >= self._open_at - self.window / 4:
+            self.flush()
 
     def flush(self) -> None:
         """Put what is held into the log."""
@@ -439,21 +472,48 @@ class Coalescer:
             self._due = None
         held, self._held, self._held_bytes = self._held, {}, 0
         for deltas in held.values():
-            self.log.append(replace(deltas[0], delta="".join(d.delta for d in deltas)))
+            whole = deltas[0]
+            if len(deltas) > 1:
+                whole = replace(whole, delta="".join([d.delta for d in deltas]))
+            self.log.append(whole)
         if held:
             self._open_at = trio.current_time() + self.window
             self.log.commit(len(self.log.events))
 
     def _hold(self, event: PartDelta | ToolOutputDelta) -> None:
-        name = event.part_id if isinstance(event, PartDelta) else event.call_id
+        key = (type(event), event.part_id if type(event) is PartDelta else event.call_id)  # type: ignore[union-attr]
         if not self._held and (now := trio.current_time()) >= self._open_at:
-            self._open_at = now + self.window
-            self.log.commit(self.log.append(event))
-            return
+            if not self._is_burst:
+                self._open_at = now + self.window
+                self.log.commit(self.log.append(event))
+                return
+            # Its end is awaited, but not for ever. One entry serves burst after burst.
+            if self._safety is None:
+                self._safety = self.timer.call_at(now + PATIENCE, self._lose_patience)
+        elif self._due is None and not self._held:
+            self._due = self.timer.call_at(self._open_at, self._flush_late)
         # What cannot be encoded raises here, not in the timer's task.
-        self._held_bytes += len(encode_event(event))
-        self._held.setdefault((type(event), name), []).append(event)
+        text = event.delta
+        self._held_bytes += DELTA + len(text if text.isascii() else text.encode())
+        if (held := self._held.get(key)) is None:
+            encode_event(event)  # so does what is wrong with the rest of it
+            held = self._held[key] = []
+        held.append(event)
         if self._held_bytes > MAX_WRITE:
             self.flush()
-        elif self._due is None:
-            self._due = self.timer.call_at(self._open_at, self.flush)
+
+    def forget(self) -> None:
+        """Await nothing any more; what is held is not let out by itself."""
+        for due in (self._due, self._safety):
+            if due is not None:
+                due.cancel()
+
+    def _flush_late(self) -> None:
+        self.flush()
+        if self._is_burst:  # else every burst from now on would be early, and wait for its window
+            self._open_at = LONG_AGO
+
+    def _lose_patience(self) -> None:
+        self._safety = None
+        if self._held and self._due is None:
+            self.flush()

@@ -27,7 +27,8 @@ import attrs
 import trio
 from msgspec import UNSET, Raw
 
-from .agents import Agent, RunContext, problem_of, running, unwrapped
+from .agents import Agent
+from .context import Limits, RunContext, problem_of, running, unwrapped
 from .dialects import Encoder, Start
 from .errors import (
     AgentError,
@@ -55,7 +56,8 @@ from .events import (
     encode_json,
 )
 from .log import CloseReason, Coalescer, Due, Lag, Log, Position, Reader, Stamps, Timer
-from .providers import Provider
+from .models import size_of, well_ended
+from .providers import AssistantMessage, Message, Provider, UserMessage
 from .stores.memory import MemoryStore
 
 MAX_WAYS = 16  # dialects and filters in which one run is read at once
@@ -64,41 +66,10 @@ SECOND_CHANCE = 30.0  # seconds, at least, to come back to a stream that the ser
 OVERDUE = (
     1.0  # seconds beyond the cleanup time after which a run that is not gone is named in the log
 )
+# What makes a model refuse would make it refuse whatever follows in the thread.
+UNSPEAKABLE = frozenset({"bad_request", "content_filter", "context_length"})
 ID_BYTES = 16  # 128 random bits: a run's id is a capability
 TEARDOWN_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
-
-
-@attrs.frozen
-class Limits:
-    """The bounds within which runs live; seconds and bytes where nothing else is said.
-
-    Attributes:
-        coalesce: How long deltas of a part are held to be joined; 0 for not at all.
-        grace: How long `grace` waits for somebody to come back.
-        max_running: Runs at once; `max_queued` more wait their turn, then new ones are refused.
-        max_events: Of one run; at this or `max_bytes` it ends with the error `limit`.
-        retain_runs: Finished runs that are kept, within `retain_bytes` and `retain_age`.
-        run_timeout: From a run's start to its cancel.
-        input_timeout: How long a run waits for a person.
-        cleanup: What `run.cleanup` shields, in all, after a cancel.
-        max_threads: Worker threads of all blocking tools together.
-        max_steps: Model calls in one run.
-    """
-
-    coalesce: float = 0.05
-    grace: float = 30.0
-    max_running: int = 1_000
-    max_queued: int = 1_000
-    max_events: int = 100_000
-    max_bytes: int = 64 * 1024 * 1024
-    retain_runs: int = 1_000
-    retain_bytes: int = 256 * 1024 * 1024
-    retain_age: float = 3_600.0
-    run_timeout: float = 3_600.0
-    input_timeout: float = 1_800.0
-    cleanup: float = 5.0
-    max_threads: int = 32
-    max_steps: int = 50
 
 
 @attrs.frozen
@@ -148,6 +119,7 @@ class Run:
 
     Attributes:
         done: Set when the run is over: its nursery has exited and its last event is in the log.
+        conversation: What later runs of its thread are told of it, once it is over.
     """
 
     id: str
@@ -166,6 +138,8 @@ class Run:
     started: str | None = None
     finished: str | None = None
     end: RunFinished | None = None
+    conversation: tuple[Message, ...] = ()
+    conversation_size: int = 0
     done: trio.Event = attrs.field(factory=trio.Event)
     children: "set[Run]" = attrs.field(factory=set)
     idempotency: tuple[str, bytes] | None = None
@@ -354,7 +328,7 @@ class Run:
         self._stop(self._input_deadline)
         if self.context.asked:
             self._stop(self._grace)
-            since = min(asked.since for asked in self.context.asked.values())
+            since = next(iter(self.context.asked.values())).since  # the first one asked
             until = since + self.owner.limits.input_timeout
             self._input_deadline = self.owner.timer.call_at(
                 until, lambda: self.cancel("input_timeout")
@@ -460,6 +434,8 @@ class Run:
         self.end = end
         self.log.close()
         self.finished = end.ts
+        if self.thread_id is not None and self.holds_place:  # else nobody has heard of it
+            self._remember(end)
         self._report_end(end)
         self.owner.retire(self)
         self.done.set()
@@ -557,6 +533,27 @@ class Run:
             output=UNSET if brief else self._output(),
         )
 
+    def _remember(self, end: RunFinished) -> None:
+        """Note what later runs of the thread are told; nothing where it is what was wrong."""
+        if end.error is not None and end.error.code in UNSPEAKABLE:
+            return
+        try:
+            conversation = self._conversation(end)
+            self.conversation_size = size_of(conversation)
+            self.conversation = conversation
+        except Exception as error:  # noqa: BLE001  # an agent may have put anything into it
+            self.report_crash(error, f"the conversation of {self.agent.name!r}")
+
+    def _conversation(self, end: RunFinished) -> tuple[Message, ...]:
+        """What was said: by a model's own account, else the input and the text that came of it."""
+        if self.context.conversation:
+            return well_ended(self.context.conversation)
+        said = self._output()
+        if not said and end.result is not UNSET:
+            said = _as_text(end.result)
+        question = UserMessage(_as_text(self.input))
+        return (question, AssistantMessage(said)) if said else (question,)
+
     def _output(self) -> str:
         return "".join(
             event.delta
@@ -616,6 +613,7 @@ class Runs:
     _queue: dict[Run, None] = attrs.field(factory=dict)  # in their order
     _running: Counter[str] = attrs.field(factory=Counter)  # by agent, child runs not counted
     _threads: dict[str, list[Run]] = attrs.field(factory=dict)  # by thread id, in their order
+    _told: dict[str, list[Run]] = attrs.field(factory=dict)  # retained ones, by thread id
     _keys: dict[str, Run] = attrs.field(factory=dict)  # idempotency keys
     _finished: Counter[Outcome] = attrs.field(factory=Counter)
     _events: int = 0
@@ -784,7 +782,9 @@ class Runs:
         if run.holds_place:
             self._running[run.agent.name] -= 1
         now = trio.current_time()
-        size = run.log.size + len(bytes(run.metadata))
+        size = run.log.size + len(bytes(run.metadata)) + run.conversation_size
+        if run.thread_id is not None:
+            self._told.setdefault(run.thread_id, []).append(run)
         self._forget(self._kept.keep(run.id, run, size=size, now=now))
         if self._expiry is None:
             self._expiry = self.timer.call_at(now + self.limits.retain_age, self._expire)
@@ -838,10 +838,7 @@ class Runs:
             host=run,
             limiter=self._limiter,
             providers=self.providers,
-            cleanup_seconds=limits.cleanup,
-            max_steps=limits.max_steps,
-            max_events=limits.max_events,
-            max_bytes=limits.max_bytes,
+            limits=limits,
         )
         return run
 
@@ -862,6 +859,9 @@ class Runs:
             run.holds_place = True
             self._running[run.agent.name] += 1
             run.begin()
+            if run.thread_id is not None:
+                told = self._told.get(run.thread_id, ())
+                run.context.history = tuple(m for other in told for m in other.conversation)
             # In a clean context: else the run would pin the request that started it, 35 KiB.
             contextvars.Context().run(
                 functools.partial(
@@ -883,6 +883,10 @@ class Runs:
         for run in evicted:
             if run.idempotency is not None:
                 self._keys.pop(run.idempotency[0], None)
+            if run.thread_id is not None:
+                self._told[run.thread_id].remove(run)
+                if not self._told[run.thread_id]:
+                    del self._told[run.thread_id]
 
 
 @asynccontextmanager
@@ -904,7 +908,7 @@ async def open_runs(
     On leaving, whatever still goes on is cancelled with the cause `shutdown` and joined.
     """
     async with trio.open_nursery() as services:
-        timer = Timer()
+        timer = Timer(functools.partial(_report_timer, contained(report)))
         services.start_soon(timer.run)
         async with trio.open_nursery() as supervisor:
             runs = Runs(
@@ -917,6 +921,18 @@ async def open_runs(
                 trio.lowlevel.remove_instrument(runs.lag)
                 runs.close()
         services.cancel_scope.cancel()
+
+
+def _report_timer(report: Callable[..., None], error: Exception) -> None:
+    where = "the timer"
+    told = redact("".join(traceback.format_exception(error)))
+    report("crash", where=where, error=type(error).__name__, traceback=told)
+
+
+def _as_text(value: Raw) -> str:
+    """A string's own text; of anything else its JSON."""
+    text = bytes(value).decode()
+    return str(decode_json(value)) if text.startswith('"') else text
 
 
 def _tasks_in(nursery: trio.Nursery) -> int:

@@ -20,24 +20,26 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import attrs
 import trio
 
 from .agents import Agent
 from .app import AgentsseApp, AppOptions
-from .config import AgentSettings, Settings, load_object
+from .config import AgentSettings, ProviderSettings, Settings, load_object
+from .context import Limits
 from .dialects import Dialect
 from .dialects.native import NATIVE
 from .errors import ConfigError
 from .guide import guide
 from .listener import Counts, ListenerOptions, open_sockets, serve as listen
-from .providers import Provider
+from .providers import HttpProvider, Provider
 from .providers.offline import OfflineProvider
-from .runs import Limits, Run, Runs, contained, open_runs
+from .runs import Run, Runs, contained, open_runs
 from .tools import Tool, Toolset
 
 DIALECTS: tuple[Dialect, ...] = (NATIVE,)
@@ -97,17 +99,18 @@ async def open_server(
     Args:
         agents: What can be run; their names must differ.
         settings: All that can be set; port 0 finds a free one.
-        providers: Model APIs by name, beside `offline`.
+        providers: Model APIs by name, beside those of the settings and those that are built in.
         report: Called with an event's name and facts, for the log; what it raises is dropped.
 
     Raises:
-        ConfigError: Two agents of one name, an address that is not loopback, or one in use.
+        ConfigError: Two agents of one name, a model of a provider that there is not or whose key
+            is missing, an address that is not loopback, or one in use.
         ExceptionGroup: As nurseries do, it wraps what the block raises.
     """
     settings, report = settings or Settings(), contained(report)
     check_settings(settings, agents, providers=providers)
     by_name = {agent.name: agent for agent in agents}
-    offered = make_providers(settings) | dict(providers or {})
+    offered = _offered(settings, agents, providers)
     options = _listener_options(settings)
     sockets = _open_sockets(options, report)
     counts = Counts()
@@ -269,6 +272,8 @@ def _model_agent(name: str, chosen: AgentSettings) -> Agent:
             chosen.model,
             instructions=chosen.instructions,
             tools=tools,
+            fallbacks=chosen.fallbacks,
+            context_window=chosen.context_window,
             description=chosen.description,
             on_disconnect=chosen.on_disconnect,
             max_running=chosen.max_running,
@@ -278,21 +283,137 @@ def _model_agent(name: str, chosen: AgentSettings) -> Agent:
         raise ConfigError(f"agents: {error}") from error
 
 
-def make_providers(settings: Settings) -> dict[str, Provider]:
-    """The model APIs that are built in, and those of the settings.
+@attrs.frozen
+class _Kind:
+    """Where a kind of provider is made, and the variable that its vendor's key is in."""
+
+    module: str
+    factory: str
+    key_env: str | None = None
+
+
+_HTTP_KINDS = {
+    "openai_chat": _Kind("agentsse.providers.openai_chat", "OpenAIChatApi", "OPENAI_API_KEY"),
+    "openai_responses": _Kind(
+        "agentsse.providers.openai_responses", "OpenAIResponsesApi", "OPENAI_API_KEY"
+    ),
+    "anthropic": _Kind("agentsse.providers.anthropic", "AnthropicApi", "ANTHROPIC_API_KEY"),
+    "gemini": _Kind("agentsse.providers.gemini", "GeminiApi", "GEMINI_API_KEY"),
+}
+KINDS = ("offline", *_HTTP_KINDS, "codex")
+
+
+def make_provider(
+    kind: str,
+    *,
+    name: str | None = None,
+    base_url: str | None = None,
+    key_env: str | None = None,
+    key_file: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    omit: Sequence[str] = (),
+    tool_calls: Literal["native", "text", "taught"] = "native",
+    command: Sequence[str] = (),
+) -> Provider:
+    """Make a provider, as a `[providers.NAME]` table does.
+
+    Args:
+        kind: `openai_chat`, `openai_responses`, `anthropic`, `gemini`, `codex` or `offline`.
+        name: What stands before the colon of a model; the kind unless given.
+        base_url: Where the API is; the vendor's own address unless given.
+        key_env: The environment variable that holds the key. Without one, and without `key_file`,
+            the vendor's own address is given the vendor's own variable, any other one no key.
+        key_file: A file that holds the key, relative to the working directory.
+        options: What is sent with every call beside the conversation, `temperature` for instance.
+        omit: Fields that are left out of every call, because the server refuses them.
+        tool_calls: `text` where the model also writes calls into its text, `taught` where its API
+            has none, and it is told how to write them.
+        command: The program of a kind that runs one.
 
     Raises:
-        ConfigError: A kind that there is not.
+        ConfigError: A kind that there is not, or a key that is not where it should be.
     """
-    kinds: dict[str, Callable[[], Provider]] = {"offline": OfflineProvider}
+    chosen = ProviderSettings(
+        kind=kind,
+        base_url=base_url,
+        key_env=key_env,
+        key_file=key_file,
+        options=dict(options or {}),
+        omit=tuple(omit),
+        tool_calls=tool_calls,
+        command=tuple(command),
+    )
+    return _make_provider(name or kind, chosen, f"the provider {name or kind!r}")
+
+
+def _make_provider(name: str, chosen: ProviderSettings, where: str) -> Provider:
+    # Imported here: who does not use a kind does not pay for it.
+    provider: Provider
+    match chosen.kind:
+        case "offline":
+            return OfflineProvider(name=name)
+        case "codex":
+            codex = import_module("agentsse.providers.codex")
+            command = {"command": chosen.command} if chosen.command else {}
+            made = codex.CodexProvider(name=name, options=chosen.options, **command)
+            provider, is_taught = made, True
+        case kind if kind in _HTTP_KINDS:
+            of_kind = _HTTP_KINDS[kind]
+            key = _key(chosen, of_kind, where)
+            at = {} if chosen.base_url is None else {"base_url": chosen.base_url.rstrip("/")}
+            make = getattr(import_module(of_kind.module), of_kind.factory)
+            options = chosen.options | dict.fromkeys(chosen.omit)
+            api = make(key=key, options=options, **at)
+            provider, is_taught = HttpProvider(name, api, key), chosen.tool_calls == "taught"
+        case kind:
+            raise ConfigError(f"{where}.kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if is_taught or chosen.tool_calls == "text":
+        embedded = import_module("agentsse.providers.embedded")
+        provider = embedded.EmbeddedProvider(provider, teach=is_taught)
+    return provider
+
+
+def _key(chosen: ProviderSettings, kind: _Kind, where: str) -> str | None:
+    """The key, from where the settings say; never in a message."""
+    if chosen.key_file is not None:
+        try:
+            key = Path(chosen.key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{where}.key_file: expected a file with a key at {chosen.key_file!r}, got "
+                f"{getattr(error, 'strerror', None) or 'no text'}"
+            ) from None
+        source = f"the file {chosen.key_file!r}"
+    else:
+        # Another address than the vendor's must not be sent the vendor's key.
+        variable = chosen.key_env or (None if chosen.base_url else kind.key_env)
+        if variable is None:
+            return None
+        key = os.environ.get(variable, "").strip()
+        source = f"the environment variable {variable}"
+    if not key or not key.isascii() or not key.isprintable():
+        came = "one that no header can carry" if key else "none"
+        raise ConfigError(f"{where}: expected a key in {source}, got {came}")
+    return key
+
+
+def make_providers(settings: Settings, wanted: Iterable[str] = ()) -> dict[str, Provider]:
+    """The model APIs of the settings, and of those that are built in the ones that are wanted.
+
+    Args:
+        settings: Their `[providers.NAME]` tables.
+        wanted: Names; of these, each kind stands for itself, at its vendor's address.
+
+    Raises:
+        ConfigError: A kind that there is not, or a key that is not where it should be.
+    """
     providers: dict[str, Provider] = {"offline": OfflineProvider()}
     for name, chosen in settings.providers.items():
-        if chosen.kind not in kinds:
-            raise ConfigError(
-                f"{settings.source}: providers.{name}.kind: expected one of {', '.join(kinds)}, "
-                f"got {chosen.kind!r}"
-            )
-        providers[name] = kinds[chosen.kind]()
+        providers[name] = _make_provider(name, chosen, f"{settings.source}: providers.{name}")
+    for name in wanted:
+        if name in KINDS and name not in providers:
+            where = f"{settings.source}: the provider {name!r}"
+            providers[name] = _make_provider(name, ProviderSettings(kind=name), where)
     return providers
 
 
@@ -357,13 +478,12 @@ def check_settings(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"expected agents of different names, got two of {', '.join(twice)}")
-    offered = make_providers(settings) | dict(providers or {})
+    offered = _offered(settings, agents, providers)
     for agent in agents:
-        provider = (agent.model or "offline:").partition(":")[0]
-        if provider not in offered and not agent.has_own_provider:
+        for name in sorted(agent.wanted_providers - set(offered)):
             raise ConfigError(
                 f"agent {agent.name!r}: expected a model of one of the providers "
-                f"{', '.join(sorted(offered))}, got {agent.model!r}"
+                f"{', '.join(sorted({*offered, *KINDS}))}, got {name!r}"
             )
     _mounted(settings)
     if not is_loopback(settings.server.host):
@@ -372,6 +492,15 @@ def check_settings(
             "connect can run agents, and there is no authentication: put a proxy that "
             "authenticates before it"
         )
+
+
+def _offered(
+    settings: Settings, agents: Sequence[Agent], providers: Mapping[str, Provider] | None
+) -> dict[str, Provider]:
+    """Every provider that these agents may ask for."""
+    given = dict(providers or {})
+    wanted = {name for agent in agents for name in agent.wanted_providers} - set(given)
+    return make_providers(settings, sorted(wanted)) | given
 
 
 def make_limits(settings: Settings) -> Limits:

@@ -5,10 +5,12 @@ logs, HTTP or dialects: what belongs to a run (its thread limiter, the time it g
 up) comes in through `Workers`.
 
 The rule to keep: a call ends when nothing of it is left. An async tool is plain structured
-concurrency in the caller's task. A blocking one cannot be cancelled, only asked to stop through
-its cancel token and waited for; a thread that does not listen is counted, never forgotten.
+concurrency in the caller's task; the program that it runs is a child, which ends with it. A
+blocking one cannot be cancelled, only asked to stop through its cancel token and waited for; a
+thread that does not listen is counted, never forgotten.
 """
 
+import codecs
 import contextvars
 import functools
 import inspect
@@ -17,20 +19,24 @@ import re
 import reprlib
 import threading
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import attrs
 import msgspec
 import trio
 
-from .errors import ToolError
+from .errors import BadArguments, ToolError, redact
+from .process import Argument, CannotStart, Process, open_process, open_service_nursery
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 SECONDS = 60.0  # for one call: longer than a slow web request, shorter than a user's patience
+MAX_OUTPUT: Final = 1024 * 1024  # bytes of what a program prints; more than a model can read
+PIECE: Final = 4_000  # characters of output in one event: a screenful, and a small frame
+MAX_TAIL: Final = 1_000  # characters of stderr in an error: the end of a traceback
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what OpenAI and Anthropic accept; Gemini takes it too
 
@@ -43,6 +49,9 @@ _brief.maxstring = _brief.maxother = 200  # characters; enough to recognise a ca
 _cancel_token: contextvars.ContextVar[threading.Event] = contextvars.ContextVar("cancel_token")
 
 
+_output: contextvars.ContextVar[Callable[[str], None]] = contextvars.ContextVar("output")
+
+
 def is_cancelled() -> bool:
     """Tell a blocking tool whether it should stop.
 
@@ -53,6 +62,38 @@ def is_cancelled() -> bool:
     """
     token = _cancel_token.get(None)
     return token is not None and token.is_set()
+
+
+def write_output(delta: str) -> None:
+    """Show more of what the tool that is being called prints, while it works. Sync.
+
+    It can be called from async tools and from blocking ones, in any task and thread that was
+    started with the context of the call. Outside of tools it does nothing.
+
+    Args:
+        delta: What comes behind all that was written before.
+
+    Raises:
+        TypeError: It is no text.
+    """
+    if not isinstance(delta, str):
+        raise TypeError(f"write_output: expected a str, got {type(delta).__name__}; decode it")
+    if delta and (write := _output.get(None)) is not None:
+        write(delta)
+
+
+@contextmanager
+def output_to(function: Callable[[str], None]) -> Iterator[None]:
+    """Let `write_output` call a function, in this context and all that are copied from it.
+
+    Args:
+        function: Called with text that is not empty, in whichever thread writes; it must not block.
+    """
+    token = _output.set(function)
+    try:
+        yield
+    finally:
+        _output.reset(token)
 
 
 @attrs.define(eq=False)
@@ -137,7 +178,9 @@ class Workers:
 
     async def _part(self, place: _Place) -> None:
         """Wait for a thread that was told to stop; raise its error, or count it."""
-        with self.grace():
+        # In a run that goes on, as behind a tool's own time limit, a grace that is over is an error
+        # of its own; here it is the count that tells it.
+        with suppress(trio.TooSlowError), self.grace():
             await place.ended.wait()
         if not place.ended.is_set():
             self.abandoned += 1
@@ -191,7 +234,7 @@ class Tool:
             A value of the annotated type for every parameter, defaults included.
 
         Raises:
-            ToolError: They do not fit; the message tells the model why, where, and what would.
+            BadArguments: They do not fit; the message tells the model why, where, and what would.
         """
         try:
             if isinstance(arguments, Mapping):
@@ -206,7 +249,7 @@ class Tool:
                 f"{parameter}" if parameter in required else f"{parameter} (optional)"
                 for parameter in self.parameters["properties"]
             ]
-            raise ToolError(
+            raise BadArguments(
                 f"tool {self.name}: {error}{place}; got {_brief.repr(arguments)}; "
                 f"expected a JSON object with {', '.join(takes) or 'nothing in it'}"
             ) from error
@@ -258,6 +301,109 @@ def _told(error: BaseException, name: str) -> BaseException:
             if after != list(before):
                 return error.derive(after)
     return error
+
+
+# Programs -----------------------------------------------------------------------------------------
+
+
+async def run_program(
+    argv: Sequence[Argument],
+    *,
+    stdin: bytes | str = b"",
+    cwd: Argument | None = None,
+    env: Mapping[str, str] | None = None,
+    max_output: int = MAX_OUTPUT,
+) -> str:
+    """Run a program to its end, in an async tool: what it prints is shown as it comes.
+
+    Args:
+        argv: The program and its arguments. There is no shell.
+        stdin: What it reads.
+        cwd: Where it runs.
+        env: Its whole environment; that of this process where there is none.
+        max_output: Bytes of stdout that are shown and returned. What is beyond is read, so that
+            the program can go on, and dropped.
+
+    Returns:
+        What it has printed to stdout; where some of that was dropped, a note says how much.
+
+    Raises:
+        ToolError: It could not be started, or has failed: says how, and what it said to stderr.
+
+    The call is over when the program has exited. What it has started by then is killed, as all of
+    it is when the call is cancelled; nothing is left of it in either case, see `open_process`.
+    """
+    printed = _Printed(max_output)
+    try:
+        async with open_process(argv, cwd=cwd, env=env) as process:
+            async with open_service_nursery() as nursery:
+                nursery.start_soon(_write_all, process, stdin)
+                with trio.CancelScope() as reading:
+                    # Who has exited may have left a child behind that holds the pipe open.
+                    nursery.start_soon(_when_exited, process, reading.cancel)
+                    while data := await process.stdout.receive_some():
+                        printed.take(data)
+                code = await process.wait()
+            printed.take(process.rest_of_stdout())
+            said = process.stderr_tail()
+    except CannotStart as error:
+        raise ToolError(error.message) from error
+    text = printed.close()
+    if code:
+        how = f"exit code {code}" if code > 0 else f"signal {-code}"
+        why = redact(said)[-MAX_TAIL:] or "it has said nothing to stderr"
+        raise ToolError(f"{argv[0]!s} has ended with {how}: {why}")
+    return text
+
+
+async def _write_all(process: Process, text: bytes | str) -> None:
+    try:
+        await process.stdin.send_all(text.encode() if isinstance(text, str) else text)
+    except trio.BrokenResourceError:  # it does not want to read it
+        pass
+    finally:
+        await trio.aclose_forcefully(process.stdin)
+
+
+async def _when_exited(process: Process, function: Callable[[], object]) -> None:
+    await process.wait()
+    function()
+
+
+@attrs.define(eq=False)
+class _Printed:
+    """What a program has printed, as text: cut anywhere, within a character too. Sync."""
+
+    limit: int
+    _size: int = 0
+    _pieces: list[str] = attrs.field(factory=list)
+    _decoder: codecs.IncrementalDecoder = attrs.field(
+        factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    def take(self, data: bytes) -> None:
+        """Take more, and show it."""
+        room = max(0, self.limit - self._size)
+        self._size += len(data)
+        self._show(self._decoder.decode(data[:room]))
+
+    def close(self) -> str:
+        """Take note of the end; return all of it."""
+        dropped = self._size - self.limit
+        if dropped <= 0:
+            self._show(self._decoder.decode(b"", final=True))
+            return "".join(self._pieces)
+        note = f"\n[{dropped} more bytes were printed, which are not shown]"
+        return "".join([*self._pieces, note])
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+        for start in range(0, len(text), PIECE):
+            write_output(text[start : start + PIECE])
+
+
+# Toolsets -----------------------------------------------------------------------------------------
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ on real time and waits for events.
 
 import contextvars
 import math
+import sys
 import threading
 from contextlib import asynccontextmanager, suppress
 
@@ -15,8 +16,10 @@ import pytest
 import trio
 import trio.testing
 from msgspec import Raw
+from raw import wait_until
 
-from agentsse.agents import Agent, agent, current_run, emit
+from agentsse.agents import Agent, agent
+from agentsse.context import current_run, emit
 from agentsse.dialects import Start
 from agentsse.dialects.native import NativeEncoder
 from agentsse.errors import (
@@ -71,7 +74,7 @@ from agentsse.providers import (
 from agentsse.runs import Limits, open_runs
 from agentsse.sse import Decoder
 from agentsse.testing import ScriptedProvider, ask_for, say
-from agentsse.tools import tool
+from agentsse.tools import run_program, tool, write_output
 
 SECONDS = 10  # generous: only a test that hangs ever sees it
 
@@ -193,8 +196,17 @@ def test_a_model_is_named_with_its_provider():
     """`provider:model`, or a `ValueError` that says so."""
     with pytest.raises(ValueError, match=r"agent 'chat': .* as PROVIDER:MODEL, got 'gpt'"):
         Agent.of_model("chat", "gpt")
-    assert not Agent.of_model("chat", "offline:x").has_own_provider
-    assert Agent.of_model("chat", "own:x", provider=ScriptedProvider([])).has_own_provider
+    with pytest.raises(ValueError, match=r"agent 'chat': .* as PROVIDER:MODEL, got 'gpt'"):
+        Agent.of_model("chat", "offline:x", fallbacks=["gpt"])
+
+
+def test_an_agent_says_which_providers_the_server_must_know():
+    """Those of its model and of what takes over; not the one that it brings along."""
+    own = ScriptedProvider([])
+    models = {"model": "a:x", "fallbacks": ["b:x", "a:y"]}
+    assert {"a", "b"} == Agent.of_model("chat", **models).wanted_providers
+    assert {"b"} == Agent.of_model("chat", **models, provider=own).wanted_providers
+    assert set() == Agent("ask", ask_how).wanted_providers
 
 
 # emit
@@ -534,7 +546,7 @@ async def test_a_step_tells_its_result_usage_and_reason(autojump_clock):
 
     outer = {"step_id": "s1", "kind": "flow", "name": "outer"}
     inner = {"step_id": "s2", "kind": "node", "name": "inner"}
-    usage = {"input_tokens": 3, "output_tokens": 0}
+    usage = msgspec.to_builtins(Usage(input_tokens=3))
     assert [
         {"type": "step_started", **outer},
         {"type": "step_started", **inner},
@@ -1315,7 +1327,7 @@ async def test_a_model_agent_answers_with_what_the_model_says(autojump_clock):
         {
             "type": "step_finished",
             **of,
-            "usage": {"input_tokens": 5, "output_tokens": 2},
+            "usage": msgspec.to_builtins(usage),
             "finish_reason": "stop",
         },
     ] == told(run)
@@ -1378,7 +1390,7 @@ async def test_a_stream_that_ends_without_a_finish_is_an_error(autojump_clock):
     """What was said stays; the step and the run say what was missing."""
     model, provider = chat([say("Hel")[:2]])
     run = await play(model, providers=[provider])
-    assert ("error", None, "agent_error") == end(run)[:3]
+    assert ("error", None, "incomplete") == end(run)[:3]
     assert "got no finish" in run.end.error.message
     assert "got no finish" in told(run, "step_finished")[0]["error"]["message"]
     assert "Hel" == run.snapshot().output
@@ -1440,6 +1452,7 @@ class LastWord:
 
     prefix: str
     held: list = attrs.field(factory=list)
+    is_over: bool = False
 
     def feed(self, line):
         """Hold one line."""
@@ -1501,7 +1514,7 @@ async def test_a_script_can_make_every_event_happen(autojump_clock):
     plain = [decode_json(encode_event(event)) for event in EVERYTHING]
     model, provider = chat([[*EVERYTHING, 0.1, Finish("stop")]])
     run = await play(model, providers=[provider], coalesce=0.05)
-    assert ("success", "", None, None) == end(run)
+    assert ("success", "no", None, None) == end(run)
     assert plain == told(run)[1:-1]
     assert plain == [decode_json(encode_event(event)) for event in EVERYTHING]
 
@@ -1559,3 +1572,124 @@ async def test_an_input_is_the_run_s_own_copy(autojump_clock):
     for run in both:
         assert {"places": ["Brno"]} == msgspec.json.decode(run.snapshot().input)
         assert run.context.input is None
+
+
+# What tools print
+
+
+async def test_what_a_tool_prints_is_streamed_while_it_works(autojump_clock):
+    """Each call has its own output, before its end."""
+
+    @tool
+    async def count(n: int) -> int:
+        """Count."""
+        for number in range(n):
+            write_output(f"{number}\n")
+            await trio.sleep(1)
+        return n
+
+    async def main(run, input):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.call, count, {"n": 2})
+            nursery.start_soon(run.call, count, {"n": 3})
+        write_output("nobody is called")
+
+    run = await play(main)
+    printed = {}
+    for event in told(run, "tool_output_delta"):
+        printed[event["call_id"]] = printed.get(event["call_id"], "") + event["delta"]
+    results = {e["call_id"]: e["result"] for e in told(run, "tool_finished")}
+    assert {2: "0\n1\n", 3: "0\n1\n2\n"} == {results[one]: text for one, text in printed.items()}
+    assert "tool_finished" == told(run)[-1]["type"]
+
+
+async def test_what_a_blocking_tool_prints_is_streamed_from_its_thread():
+    """As with `emit`; what comes when the call is over is dropped."""
+    go, gone = threading.Event(), trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    @tool
+    def work() -> str:
+        """Work."""
+        write_output("half \ud83d")
+        go.wait(SECONDS)
+        write_output("too late")
+        token.run_sync_soon(gone.set)
+        return "done"
+
+    async def main(run, input):
+        with trio.move_on_after(0.05):
+            await run.call(work, {})
+
+    run = await play(main, cleanup=0)
+    go.set()
+    with trio.fail_after(SECONDS):
+        await gone.wait()
+    assert ["half \ufffd"] == [event["delta"] for event in told(run, "tool_output_delta")]
+    assert [True] == [event["is_error"] for event in told(run, "tool_finished")]
+
+
+async def test_a_program_is_a_tool_that_is_killed_with_its_run():
+    """What it prints is streamed; the cancel waits until it is gone."""
+
+    @tool
+    async def shout() -> str:
+        """Shout."""
+        return await run_program(
+            [sys.executable, "-uc", "import time; print('here'); time.sleep(1000)"]
+        )
+
+    async def main(run, input):
+        await run.call(shout, {})
+
+    with trio.fail_after(SECONDS):
+        async with opened(Agent("main", main)) as runs:
+            run = begin(runs)
+            await wait_until(lambda: told(run, "tool_output_delta"))
+            run.cancel("client_cancel")
+            await run.done.wait()
+    printed = [event["delta"] for event in told(run, "tool_output_delta")]
+    assert "here" == "".join(printed).strip()
+    assert "cancelled" == run.end.outcome
+
+
+async def test_what_a_thread_hands_in_may_be_wrong_and_ends_nothing():
+    """Whoever writes what is no text hears of it; an event that cannot be encoded is reported."""
+    told_of, token = [], trio.lowlevel.current_trio_token()
+    done = trio.Event()
+
+    @tool
+    def work(to: str) -> str:
+        """Work."""
+        try:
+            write_output(b"bytes")
+        except TypeError as error:
+            told_of.append(str(error))
+        running[0].hand_in(PartDelta(part_id="p", kind="text", delta=5))
+        token.run_sync_soon(done.set)
+        return to
+
+    async def main(run, input):
+        running.append(run)
+        result = await run.call(work, {"to": "end"})
+        await done.wait()
+        return result
+
+    running = []
+    with trio.fail_after(SECONDS):
+        run = await play(main)
+    assert ("success", "end") == end(run)[:2]
+    assert ["write_output: expected a str, got bytes; decode it"] == told_of
+    assert ["an event of a thread"] == [crash["where"] for crash in crashes(run)]
+
+
+async def test_nothing_is_watched_outside_of_a_step(autojump_clock):
+    """There is nothing that could be stalled."""
+
+    async def main(run, input):
+        with run.watched():
+            await trio.sleep(3_000)
+        return run.window
+
+    run = await play(main, coalesce=0.5)
+    assert ("success", 0.5) == end(run)[:2]

@@ -15,7 +15,8 @@ import pytest
 import trio
 import trio.testing
 
-from agentsse.agents import Agent, emit
+from agentsse.agents import Agent
+from agentsse.context import emit
 from agentsse.dialects import Start
 from agentsse.dialects.native import NativeEncoder
 from agentsse.errors import AgentError, NotFound

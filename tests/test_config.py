@@ -60,6 +60,8 @@ SAMPLES = [
     '["seven"]',
     '"console"',
     '"cancel"',
+    '"taught"',
+    "{ seven = 7 }",
     '"http://seven"',
     '"/seven"',
     '"seven"',
@@ -184,7 +186,7 @@ def test_every_field_can_be_set_in_the_file(write, table, attribute, needed):
     pytest.fail(f"no sample fits {attribute.name}")
 
 
-@pytest.mark.parametrize("wrong", ["2024-01-01", "{ a = 1 }", "[[1]]", "true", "1e400", "nan"])
+@pytest.mark.parametrize("wrong", ["2024-01-01", "[{ a = 1 }]", "[[1]]", "true", "1e400", "nan"])
 @pytest.mark.parametrize(("table", "attribute", "needed"), FIELDS)
 def test_a_wrong_type_is_refused_with_the_name_of_the_key(refusal, table, attribute, needed, wrong):
     """Whatever the field, a value of another type names line, key and what was expected."""

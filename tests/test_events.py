@@ -158,9 +158,15 @@ def test_parts_of_events_show_all_they_have():
     """Receipt and usage hold no default that would be left out; options and questions do."""
     shown = plain(minimal(RunFinished))
 
-    assert {"input_tokens": 3, "output_tokens": 3} == shown["usage"]
+    assert {
+        "input_tokens": 3,
+        "output_tokens": 3,
+        "reasoning_tokens": 3,
+        "cache_read_tokens": 3,
+        "cache_write_tokens": 3,
+    } == shown["usage"]
     assert {"cause", "seconds", "tasks", "threads_abandoned"} == set(shown["receipt"])
-    assert b'{"input_tokens":0,"output_tokens":0}' == msgspec.json.encode(Usage())
+    assert set(shown["usage"]) == set(msgspec.to_builtins(Usage()))
     assert b'{"id":"a","kind":"choice","prompt":"?","options":[{"id":"b"}]}' == msgspec.json.encode(
         Question(id="a", kind="choice", prompt="?", options=(Option(id="b"),))
     )
@@ -398,3 +404,16 @@ def test_what_is_no_json_or_a_bomb_is_a_bad_request(data):
 def test_json_is_read_as_plain_types(data, expected):
     """Bytes, text or what an event holds."""
     assert expected == decode_json(data)
+
+
+def test_nulls_without_end_are_looked_at_without_a_word_for_each():
+    """What is no number without a word in JSON is found where it is, also behind many nulls."""
+    deep = inner = []
+    for _ in range(300):
+        inner.append([None] * 1_000)
+        inner.append([])
+        inner = inner[-1]
+    assert encode_json(deep)
+    inner.append({"here": (1, "x", True, float("nan"), {1})})
+    with pytest.raises(Unencodable, match=r"got nan at .*here\[3\]"):
+        encode_json(deep)

@@ -965,3 +965,141 @@ def test_a_frame_of_the_log_is_the_event_itself():
 
     assert ("r1", 1, "1970-01-01T00:00:00.000Z") == (event.run_id, event.seq, event.ts)
     assert not isinstance(event, RunFinished)
+
+
+async def test_a_burst_is_one_event_and_waits_for_no_window(autojump_clock, timer):
+    """Bursts that come a window apart go out as they end, each part's deltas joined."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0.05)
+    for number in range(3):
+        writer.lull()
+        await trio.sleep(0.05)
+        for delta in "abc":
+            writer.append(said(f"{delta}{number}"))
+        assert number == log.end
+    writer.lull()
+    assert ["p:a0b0c0", "p:a1b1c1", "p:a2b2c2"] == deltas(log)
+
+
+async def test_a_burst_that_comes_too_early_waits_for_its_window(autojump_clock, timer):
+    """Whoever reads more often than the window does not write more often."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0.05)
+    for number in range(8):
+        writer.lull()
+        await trio.sleep(0.01)
+        writer.append(said(str(number)))
+    writer.lull()
+    assert 2 == log.end
+    await trio.sleep(0.05)
+    assert "01234567" == "".join(event.delta for event in log.events)
+
+
+async def test_a_burst_that_nobody_ends_goes_out_all_the_same(autojump_clock, timer):
+    """A source that has no lulls any more loses nothing."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0.05)
+    writer.lull()
+    writer.append(said("a"))
+    writer.append(said("b"))
+    await trio.sleep(0.9)
+    assert 0 == log.end
+    await trio.sleep(0.2)
+    assert ["p:ab"] == deltas(log)
+    writer.lull()
+    writer.append(said("c"))
+    writer.lull()
+    assert ["p:ab", "p:c"] == deltas(log)
+    await trio.sleep(2)
+    writer.append(said("d"))
+    writer.forget()
+    await trio.sleep(2)
+    assert ["p:ab", "p:c"] == deltas(log)
+
+
+async def test_what_is_no_delta_ends_a_burst(autojump_clock, timer):
+    """The first delta behind it goes out at once, as always."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0.05)
+    writer.lull()
+    writer.append(said("a"))
+    writer.append(PartFinished(part_id="p", kind="text", text="a"))
+    writer.append(said("b"))
+    assert ["p:a", "PartFinished", "p:b"] == deltas(log)
+
+
+async def test_a_lull_means_nothing_where_nothing_is_joined(autojump_clock, timer):
+    """With a window of 0 each delta stands for itself."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0)
+    writer.lull()
+    writer.append(said("a"))
+    writer.append(said("b"))
+    assert ["p:a", "p:b"] == deltas(log)
+
+
+async def test_those_who_wait_for_one_tick_wake_up_together(autojump_clock, timer):
+    """Not before their time, and up to a tick later."""
+    woken = []
+
+    async def sleep(when):
+        await timer.sleep_until(when)
+        woken.append(trio.current_time())
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(sleep, start + 1 + number / 10_000)
+    assert 10 == len(woken)
+    assert len(set(woken)) <= 2
+    assert all(when >= start + 1 for when in woken)
+    assert max(woken) <= start + 1.0009 + 0.005 + 1e-9
+
+
+async def test_a_wait_that_is_cancelled_is_forgotten(autojump_clock, timer):
+    """Nobody is woken who no longer sleeps."""
+    with trio.move_on_after(1) as scope:
+        await timer.sleep_until(trio.current_time() + 5)
+    assert scope.cancelled_caught
+    await trio.sleep(10)
+    assert not timer._heap
+
+
+async def test_a_burst_that_came_too_early_does_not_delay_those_behind_it(autojump_clock, timer):
+    """From the next one on, each goes out as it ends."""
+    log = Log("r")
+    writer = Coalescer(log, timer, 0.05)
+    writer.append(said("0"))
+    await trio.sleep(0.02)
+    for number in range(1, 5):
+        writer.lull()
+        writer.append(said(str(number)))
+        writer.lull()
+        assert (number > 1) == (number == log.events[-1].seq - 1), number
+        await trio.sleep(0.051)
+    assert ["p:0", "p:1", "p:2", "p:3", "p:4"] == deltas(log)
+
+
+async def test_what_the_timer_calls_may_fail_and_the_rest_goes_on(autojump_clock):
+    """It is reported, and nobody else notices."""
+    errors, done = [], []
+    timer = Timer(errors.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(timer.run)
+        timer.call_at(trio.current_time() + 1, lambda: {}["nothing"])
+        timer.call_at(trio.current_time() + 1, lambda: done.append(1))
+        await trio.sleep(2)
+        nursery.cancel_scope.cancel()
+    assert ["KeyError"] == [type(error).__name__ for error in errors]
+    assert [1] == done
+
+
+async def test_a_held_delta_that_cannot_be_encoded_is_refused_where_it_comes(autojump_clock):
+    """Not when its time has come: there nobody would know whose it was."""
+    log = Log("r")
+    writer = Coalescer(log, Timer(), 0.05)
+    writer.append(said("a"))
+    with pytest.raises(ValueError, match="surrogate"):
+        writer.append(PartDelta(part_id="\ud800", kind="text", delta="b"))
+    writer.flush()
+    assert ["p:a"] == deltas(log)

@@ -424,14 +424,14 @@ async def test_a_stream_gives_the_plan_and_takes_its_time(autojump_clock):
     asked = prompt(QUESTION)
     assert provider.name == "offline"
     began = trio.current_time()
-    async with provider.connect(asked) as chunks:
+    async with provider.stream(asked) as chunks:
         assert plan(asked) == [chunk async for chunk in chunks]
     assert pytest.approx(trio.current_time() - began) == 1.0
 
 
 async def test_without_pace_each_chunk_is_still_a_checkpoint():
     """Another task gets its turn between any two chunks, and after the last."""
-    async with OfflineProvider(pace=0).connect(Prompt("quote", (QUESTION,))) as chunks:
+    async with OfflineProvider(pace=0).stream(Prompt("quote", (QUESTION,))) as chunks:
         for expected in plan(Prompt("quote", (QUESTION,))):
             with trio.testing.assert_checkpoints():
                 assert expected == await anext(chunks)
@@ -445,9 +445,22 @@ async def test_cancelling_a_stream_leaves_nothing(autojump_clock, after):
     tasks = trio.lowlevel.current_statistics().tasks_living
     seen: list[Chunk] = []
     with trio.move_on_after(after) as scope:
-        async with OfflineProvider(pace=1.0).connect(Prompt("quote", (QUESTION,))) as chunks:
+        async with OfflineProvider(pace=1.0).stream(Prompt("quote", (QUESTION,))) as chunks:
             async for chunk in chunks:
                 seen.append(chunk)  # noqa: PERF401  # what was seen before the cancel counts
     assert scope.cancelled_caught
     assert int(after) == len(seen)
     assert tasks == trio.lowlevel.current_statistics().tasks_living
+
+
+async def test_it_is_its_own_connection_and_over_with_its_end():
+    """There is nothing to open, and nothing comes behind the end."""
+    provider = OfflineProvider(pace=0)
+    async with provider.open(None) as connection:
+        assert connection is provider
+        machine = connection.normalizer("m1")
+        async with connection.stream(Prompt("quote", (QUESTION,))) as chunks:
+            async for chunk in chunks:
+                assert not machine.is_over
+                list(machine.feed(chunk))
+    assert machine.is_over

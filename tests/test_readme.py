@@ -2,15 +2,19 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import trio
 
 from agentsse.cli import main
+from agentsse.config import load
 from agentsse.dialects import Start
 from agentsse.dialects.native import NATIVE
+from agentsse.errors import Fault
 from agentsse.events import EVENT_TYPES, Custom
 from agentsse.runs import open_runs
+from agentsse.server import KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -74,3 +78,25 @@ def test_the_two_commands_are_one_line_each():
         ". && .venv/bin/agentsse serve",
         "'.[test]' && .venv/bin/pytest -q",
     ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_provider_is_told(kind):
+    """The table of providers is complete."""
+    assert f"| `{kind}` |" in README
+
+
+@pytest.mark.parametrize("code", sorted({*get_args(Fault), "loop_detected", "too_many_steps"}))
+def test_every_fault_of_a_model_call_is_told(code):
+    """Whoever sees a code finds out what it means."""
+    assert f"`{code}`" in README
+
+
+def test_the_models_in_the_readme_are_a_configuration(tmp_path):
+    """The table is understood as it is printed."""
+    (config,) = [block for block in blocks("toml") if "openai_chat" in block]
+    path = tmp_path / "agentsse.toml"
+    path.write_text(config)
+    settings = load(path, {})
+    assert "openai_chat" == settings.providers["local"].kind
+    assert "local:qwen3" == settings.agents["helper"].model

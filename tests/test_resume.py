@@ -19,13 +19,14 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from agentsse import sse
-from agentsse.agents import Agent, RunContext
+from agentsse.agents import Agent
+from agentsse.context import Limits, RunContext
 from agentsse.dialects import Encoder, Start
 from agentsse.dialects.native import NATIVE
 from agentsse.errors import BadRequest, NotFound
 from agentsse.events import TYPE_NAMES, AnyEvent, Custom, PartDelta, RunFinished, RunStarted
 from agentsse.log import CloseReason, Position, Reader
-from agentsse.runs import Limits, Run, Runs, open_runs
+from agentsse.runs import Run, Runs, open_runs
 
 RETAINED = 3  # finished runs that are kept
 RUNNING = 4  # runs at once; more have to wait

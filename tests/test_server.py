@@ -38,8 +38,18 @@ from agentsse.dialects import Start
 from agentsse.errors import ConfigError
 from agentsse.events import Custom, RunFinished, RunStarted
 from agentsse.listener import ListenerOptions
+from agentsse.providers import HttpProvider
+from agentsse.providers.codex import CodexProvider
+from agentsse.providers.embedded import EmbeddedProvider
 from agentsse.providers.offline import OfflineProvider
-from agentsse.server import is_loopback, make_agents, open_server, raise_descriptor_limit
+from agentsse.providers.openai_chat import OpenAIChatApi
+from agentsse.server import (
+    is_loopback,
+    make_agents,
+    make_provider,
+    open_server,
+    raise_descriptor_limit,
+)
 
 PATIENCE = 30  # seconds for a whole test
 SPARE = 1.5  # seconds for a process to end and to be seen to
@@ -625,7 +635,8 @@ async def test_model_of_an_unknown_provider_is_refused() -> None:
     said = await refused([lost], providers={"mine": OfflineProvider()})
 
     assert "agent 'lost'" in said
-    assert "one of the providers mine, offline, got 'nowhere:model'" in said
+    assert "one of the providers anthropic, codex, gemini, mine, offline, openai_chat" in said
+    assert "got 'nowhere'" in said
     with trio.fail_after(PATIENCE):
         own = Agent.of_model("own", "nowhere:model", provider=OfflineProvider())
         given = Agent.of_model("given", "mine:model")
@@ -812,9 +823,107 @@ async def test_providers_of_the_settings_are_known_by_their_names() -> None:
         assert ["mine", "offline"] == sorted(server.runs.providers)
     wrong = attrs.evolve(LOCAL, providers={"mine": ProviderSettings(kind="psychic")})
 
-    assert "providers.mine.kind: expected one of offline, got 'psychic'" in (
-        await refused([idle], wrong)
-    )
+    assert (
+        "providers.mine.kind: expected one of offline, openai_chat, openai_responses, anthropic, "
+        "gemini, codex, got 'psychic'"
+    ) in (await refused([idle], wrong))
+
+
+KEY = "sk-canary-0123456789"
+OF_VENDORS = {
+    "openai_chat": "OPENAI_API_KEY",
+    "openai_responses": "OPENAI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY",
+    "gemini": "GEMINI_API_KEY",
+}
+
+
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without the keys of vendors."""
+    for variable in OF_VENDORS.values():
+        monkeypatch.delenv(variable, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("kind", "variable"), OF_VENDORS.items())
+async def test_every_kind_stands_for_itself_at_its_vendor(
+    no_keys: pytest.MonkeyPatch, kind: str, variable: str
+) -> None:
+    """`kind:model` needs no table, only the vendor's own variable; without it nothing starts."""
+    chat = Agent.of_model("chat", f"{kind}:m")
+    said = await refused([chat])
+    assert f"the provider {kind!r}: expected a key in the environment variable {variable}" in said
+
+    no_keys.setenv(variable, KEY)
+    async with open_server([chat], LOCAL) as server:
+        provider = server.runs.providers[kind]
+        assert isinstance(provider, HttpProvider)
+        assert KEY == provider.key
+        assert KEY not in repr(provider)
+        assert (kind, kind) == (provider.name, provider.api.kind)
+    async with open_server([idle], LOCAL) as server:
+        assert ["offline"] == list(server.runs.providers)
+
+
+def test_a_key_goes_only_where_it_belongs(no_keys: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The vendor's own variable is not sent to any other address, unless that is asked for."""
+    no_keys.setenv("OPENAI_API_KEY", KEY)
+    local = {"base_url": "http://127.0.0.1:1/v1/"}
+    at = make_provider("openai_chat", **local)
+    assert isinstance(at, HttpProvider)
+    assert at.key is None
+    assert isinstance(at.api, OpenAIChatApi)
+    assert "http://127.0.0.1:1/v1" == at.api.base_url
+    named = make_provider("openai_chat", **local, key_env="OPENAI_API_KEY", name="mine")
+    assert isinstance(named, HttpProvider)
+    assert ("mine", KEY) == (named.name, named.key)
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    filed = make_provider("anthropic", key_file=str(tmp_path / "key"))
+    assert isinstance(filed, HttpProvider)
+    assert KEY == filed.key
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"key_env": "NOT_SET_AT_ALL"}, "environment variable NOT_SET_AT_ALL, got none"),
+        ({"key_env": "UNFIT"}, "environment variable UNFIT, got one that no header can carry"),
+        ({"key_file": "/nowhere"}, "at '/nowhere', got No such file or directory"),
+        ({"key_file": "BINARY"}, "got no text"),
+    ],
+)
+def test_a_key_that_is_not_there_is_named_and_never_shown(
+    no_keys: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, str], expected: str
+) -> None:
+    """Where it was looked for, and what was found."""
+    no_keys.setenv("UNFIT", f"{KEY}\u00e9")
+    no_keys.chdir(tmp_path)
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe" + KEY.encode())
+    with pytest.raises(ConfigError) as refused:
+        make_provider("anthropic", **settings)  # type: ignore[arg-type]
+    assert expected in str(refused.value)
+    assert KEY not in str(refused.value)
+
+
+def test_calls_in_the_text_are_an_option_of_any_provider() -> None:
+    """Recognised, or taught as well; codex, which has no other way, is always taught."""
+    local = "http://127.0.0.1:1/v1"
+    made = [
+        make_provider("openai_chat", base_url=local, tool_calls="text"),
+        make_provider("openai_chat", base_url=local, tool_calls="taught"),
+        make_provider("codex"),
+    ]
+    assert [False, True, True] == [p.teach for p in made if isinstance(p, EmbeddedProvider)]
+    assert ["openai_chat", "openai_chat", "codex"] == [provider.name for provider in made]
+
+
+def test_a_codex_of_ones_own_may_be_named() -> None:
+    """Its program, and arguments."""
+    made = make_provider("codex", command=["./codex", "app-server", "-c", "x=1"])
+    assert isinstance(made, EmbeddedProvider)
+    assert isinstance(made.inner, CodexProvider)
+    assert ("./codex", "app-server", "-c", "x=1") == made.inner.command
 
 
 # Descriptors

@@ -8,7 +8,10 @@ import dataclasses
 import datetime as dt
 import functools
 import json
+import os
+import sys
 import threading
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,7 +20,18 @@ import trio
 import trio.testing
 
 from agentsse.errors import ToolError
-from agentsse.tools import Tool, Toolset, Workers, gather, is_cancelled, tool
+from agentsse.tools import (
+    PIECE,
+    Tool,
+    Toolset,
+    Workers,
+    gather,
+    is_cancelled,
+    output_to,
+    run_program,
+    tool,
+    write_output,
+)
 
 SECONDS = 10  # generous: only a test that hangs ever sees it
 
@@ -800,3 +814,228 @@ async def test_cancelled_before_the_call(workers, quick):
 
     assert scope.cancelled_caught
     assert workers.abandoned == 0
+
+
+# Output
+
+
+async def test_output_of_a_tool_goes_where_it_should(workers):
+    """What a tool writes goes to whoever calls it, from its task and from its thread."""
+    written = []
+
+    @tool
+    async def speaks() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, write_output, "1")
+        write_output("2")
+        write_output("")
+
+    @tool
+    def speaks_in_thread() -> None:
+        write_output("3")
+
+    with trio.fail_after(SECONDS), output_to(written.append):
+        await speaks.call({}, workers)
+        await speaks_in_thread.call({}, workers)
+
+    assert ["1", "2", "3"] == written
+
+
+def test_output_of_nobody():
+    """Outside of tools nothing comes of it."""
+    written = []
+    with output_to(written.append):
+        pass
+    write_output("unheard")
+    assert [] == written
+
+
+def test_output_of_tools_within_tools():
+    """The innermost listener hears it, and the outer one again when that is gone."""
+    outer, inner = [], []
+    with output_to(outer.append):
+        with output_to(inner.append):
+            write_output("1")
+        write_output("2")
+    assert (["2"], ["1"]) == (outer, inner)
+
+
+# Programs
+
+PYTHON = (sys.executable, "-S", "-E", "-c")
+
+
+async def printed_by(code, **options):
+    """Run a Python program; return what it printed, and what was shown of it as it came."""
+    shown = []
+    with trio.fail_after(SECONDS), output_to(shown.append):
+        text = await run_program([*PYTHON, code], **options)
+    return text, shown
+
+
+async def test_program():
+    """What a program prints is returned, and shown."""
+    text, shown = await printed_by("print('hello')")
+    assert text == "hello\n"
+    assert text == "".join(shown)
+
+
+@pytest.mark.parametrize("stdin", ["žluť", "žluť".encode()])
+async def test_program_reads(stdin, tmp_path):
+    """A program reads what it is given, where it is told to, with the environment it gets."""
+    code = "import os, sys; print(sys.stdin.buffer.read(), os.getcwd(), os.environ['COLOUR'])"
+    text, _ = await printed_by(code, stdin=stdin, cwd=tmp_path, env={"COLOUR": "green"})
+    assert f"{'žluť'.encode()} {tmp_path} green\n" == text
+
+
+async def test_program_does_not_read():
+    """A program need not read what it is given."""
+    text, _ = await printed_by("print('done')", stdin=b"x" * 1_000_000)
+    assert text == "done\n"
+
+
+async def test_program_shows_whole_characters():
+    """Characters are not cut, however they come, and no piece is too long."""
+    code = (
+        "import os\n"
+        "for byte in '\\u017elu\\u0165 \\U0001f600'.encode(): os.write(1, bytes([byte]))\n"
+        "os.write(1, ('\\u017e' * 10_000).encode() + bytes([0xff, 0xc5]))"
+    )
+    text, shown = await printed_by(code)
+    assert "žluť 😀" + "ž" * 10_000 + "\ufffd\ufffd" == text
+    assert text == "".join(shown)
+    assert max(map(len, shown)) <= PIECE
+
+
+async def test_program_shows_as_it_comes(tmp_path):
+    """What a program prints is shown while it runs: here it waits to be told to go on."""
+    code = "import sys\nprint('first', flush=True)\nopen(sys.argv[1]).read()\nprint('last')"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    shown = []
+
+    def show(text):
+        if not shown:
+            os.close(os.open(pipe, os.O_WRONLY))  # returns when the program has opened it
+        shown.append(text)
+
+    with trio.fail_after(SECONDS), output_to(show):
+        assert await run_program([*PYTHON, code, pipe]) == "first\nlast\n"
+    assert ["first\n", "last\n"] == shown
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (9, "12345678\n[1 more bytes were printed, which are not shown]"),
+        (10, "12345678ž"),
+        (4, "1234\n[6 more bytes were printed, which are not shown]"),
+        (0, "\n[10 more bytes were printed, which are not shown]"),
+    ],
+)
+async def test_program_prints_too_much(limit, expected):
+    """What is beyond the limit is dropped, and how much it was is said; no character is cut."""
+    text, shown = await printed_by("print('12345678\\u017e', end='')", max_output=limit)
+    assert expected == text
+    assert expected.partition("\n")[0] == "".join(shown)
+
+
+async def test_program_prints_far_too_much():
+    """A program that prints without measure comes to its end all the same."""
+    text, _ = await printed_by("print('x' * 5_000_000)", max_output=3)
+    assert text == "xxx\n[4999998 more bytes were printed, which are not shown]"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "import sys; print('out'); sys.exit('no such city')",
+            f"{sys.executable} has ended with exit code 1: no such city",
+        ),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            f"{sys.executable} has ended with signal 9: it has said nothing to stderr",
+        ),
+        (
+            "import sys; sys.exit('token=abcdefgh is wrong')",
+            f"{sys.executable} has ended with exit code 1: token=[redacted] is wrong",
+        ),
+        (
+            "import sys; sys.exit('x' * 5_000 + 'end')",
+            f"{sys.executable} has ended with exit code 1: {'x' * 997}end",
+        ),
+    ],
+)
+async def test_program_fails(code, message):
+    """The model is told how a program has failed, and what it said to stderr, without secrets."""
+    with pytest.raises(ToolError) as raised:
+        await printed_by(code)
+    assert message == raised.value.message
+
+
+async def test_program_that_is_not_there():
+    """The model is told, too, when there is no such program."""
+    with trio.fail_after(SECONDS), pytest.raises(ToolError, match="got no-such-program: No such"):
+        await run_program(["no-such-program"])
+
+
+LEAVES_A_CHILD = (
+    "import subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
+    "print(child.pid, flush=True)\n"
+)
+
+
+def runs(pid):
+    """Whether a process is there, and not only waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_program_leaves_a_child_behind():
+    """The call is over when the program has exited, and takes with it what that has started."""
+    text, _ = await printed_by(LEAVES_A_CHILD)
+    assert not runs(int(text))
+
+
+async def test_program_is_cancelled(workers):
+    """A cancelled call is over when nothing of its program runs any longer."""
+    pids = []
+
+    @tool
+    async def runs_program() -> str:
+        return await run_program([*PYTHON, LEAVES_A_CHILD + "time.sleep(600)"])
+
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+
+            def show(text):
+                pids.append(int(text))
+                assert runs(pids[0])
+                nursery.cancel_scope.cancel()
+
+            with output_to(show):
+                await runs_program.call({}, workers)
+
+    assert nursery.cancel_scope.cancelled_caught
+    assert not runs(pids[0])
+
+
+async def test_program_takes_too_long(workers):
+    """A program is ended when its tool's time is up."""
+
+    @tool(seconds=0.2)
+    async def runs_program() -> str:
+        return await run_program([*PYTHON, LEAVES_A_CHILD + "time.sleep(600)"])
+
+    shown = []
+    with (
+        trio.fail_after(SECONDS),
+        output_to(shown.append),
+        pytest.raises(ToolError, match="longer"),
+    ):
+        await runs_program.call({}, workers)
+    assert [] == [pid for pid in shown if runs(int(pid))]

@@ -32,7 +32,7 @@ from agentsse.events import (
     encode_json,
 )
 
-from . import Finish, Message, Prompt, ToolMessage, UserMessage
+from . import Caller, Finish, Message, Prompt, ToolMessage, UserMessage
 
 PACE = 0.02  # seconds between two pieces of an answer: a terminal shows it live, nobody waits long
 QUESTION_CHARACTERS = 2_000  # that are looked at: what is asked comes first, or is no question
@@ -401,6 +401,11 @@ class OfflineNormalizer:
     _text: str = ""
     _has_ended: bool = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether an `End` has come."""
+        return self._has_ended
+
     def feed(self, chunk: Chunk, /) -> list[AnyEvent | Finish]:
         """Take one chunk; never raises."""
         match chunk:
@@ -487,10 +492,16 @@ class OfflineProvider:
     """
 
     pace: float = PACE
-    name: str = attrs.field(default="offline", init=False)
+    name: str = "offline"
 
     @asynccontextmanager
-    async def connect(self, prompt: Prompt, /) -> AsyncIterator[AsyncIterator[Chunk]]:
+    async def open(self, _caller: Caller, /) -> AsyncIterator["OfflineProvider"]:
+        """Open nothing: it is its own connection, for any number of runs."""
+        await trio.lowlevel.checkpoint()
+        yield self
+
+    @asynccontextmanager
+    async def stream(self, prompt: Prompt, /) -> AsyncIterator[AsyncIterator[Chunk]]:
         """Open the stream of one call; it holds nothing, so that leaving has nothing to close."""
         await trio.lowlevel.checkpoint()
         yield _Paced(iter(plan(prompt)), self.pace)

@@ -13,13 +13,13 @@ import attrs
 import trio
 from msgspec.structs import replace
 
-from .agents import Agent
-from .config import ServerSettings, Settings
-from .errors import ProviderError
-from .events import AnyEvent, PartDelta, PartFinished, PartStarted, decode_event
-from .providers import Finish, Prompt
-from .server import Report, Server, open_server as open_real_server
-from .sse import Decoder, Frame
+from agentsse.agents import Agent
+from agentsse.config import ServerSettings, Settings
+from agentsse.errors import ProviderError
+from agentsse.events import AnyEvent, PartDelta, PartFinished, PartStarted, decode_event
+from agentsse.providers import Caller, Finish, Prompt
+from agentsse.server import Report, Server, open_server as open_real_server
+from agentsse.sse import Decoder, Frame
 
 Line: TypeAlias = AnyEvent | Finish | float | Exception
 """What a script says next: an event, the end of the call, seconds of silence, or an error."""
@@ -45,7 +45,13 @@ class ScriptedProvider:
     open_streams: int = 0
 
     @asynccontextmanager
-    async def connect(self, prompt: Prompt, /) -> AsyncIterator[AsyncIterator[Line]]:
+    async def open(self, _caller: Caller, /) -> AsyncIterator["ScriptedProvider"]:
+        """Open nothing: it is its own connection, for any number of runs."""
+        await trio.lowlevel.checkpoint()
+        yield self
+
+    @asynccontextmanager
+    async def stream(self, prompt: Prompt, /) -> AsyncIterator[AsyncIterator[Line]]:
         """Open the stream of the next call."""
         await trio.lowlevel.checkpoint()
         self.prompts.append(prompt)
@@ -77,7 +83,10 @@ class _Spoken:
                 case float() | int():
                     await trio.sleep(line)
                 case Exception():
-                    raise line
+                    try:
+                        raise line
+                    finally:
+                        del line  # its traceback holds this frame
                 case _:
                     return line
         raise StopAsyncIteration
@@ -88,6 +97,7 @@ class ScriptedNormalizer:
     """Hands on what the script says; a script may be said many times, so each time it is a copy."""
 
     prefix: str
+    is_over: bool = False
 
     def feed(self, line: AnyEvent | Finish, /) -> Iterable[AnyEvent | Finish]:
         """Take one line."""

@@ -1,0 +1,771 @@
+"""A run, as its agent sees it: what it says, does and asks, and how each becomes events.
+
+Knows: steps, parts, tool calls, questions, and the limits of one run. Must never know HTTP,
+dialects or readers, nor who supervises a run: what it needs of that, it asks of a `Host`.
+
+Everything that makes an event is sync and never blocks, so that an agent cannot be slowed down by
+whoever watches it, and can still speak while it is being cancelled.
+"""
+
+import contextvars
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, assert_never
+
+import attrs
+import trio
+from msgspec import UNSET, Raw, UnsetType
+
+from .errors import AgentsseError, BadRequest, Conflict, NotFound, ToolError
+from .events import (
+    NULL,
+    AgentFinished,
+    AgentStarted,
+    AnyEvent,
+    Custom,
+    FinishReason,
+    InputReceived,
+    InputRequested,
+    Liveness,
+    PartDelta,
+    PartFinished,
+    PartKind,
+    PartStarted,
+    Problem,
+    Question,
+    Stalled,
+    StepFinished,
+    StepKind,
+    StepStarted,
+    ToolFinished,
+    ToolOutputDelta,
+    ToolStarted,
+    Usage,
+    decode_json,
+    encode_json,
+    well_formed,
+)
+from .log import Coalescer, Due
+from .providers import Message, Provider
+from .tools import Tool, Workers, output_to
+
+_OF_PARTS = frozenset({PartStarted, PartDelta, PartFinished})
+
+
+@attrs.frozen
+class Limits:
+    """The bounds within which runs live; seconds and bytes where nothing else is said.
+
+    Attributes:
+        coalesce: How long deltas of a part are held to be joined; 0 for not at all.
+        grace: How long `grace` waits for somebody to come back.
+        max_running: Runs at once; `max_queued` more wait their turn, then new ones are refused.
+        max_events: Of one run; at this or `max_bytes` it ends with the error `limit`.
+        retain_runs: Finished runs that are kept, within `retain_bytes` and `retain_age`.
+        run_timeout: From a run's start to its cancel.
+        input_timeout: How long a run waits for a person.
+        cleanup: What `run.cleanup` shields, in all, after a cancel.
+        max_threads: Worker threads of all blocking tools together.
+        max_steps: Model calls in one run.
+        max_tries: Of one model call, as long as nothing of it was shown.
+        retry_delay: Before the second try; doubled before each further one.
+        liveness: How often a run says that a step of it is still under way.
+        stall: How long a model's turn may go on without any event but those.
+    """
+
+    coalesce: float = 0.05
+    grace: float = 30.0
+    max_running: int = 1_000
+    max_queued: int = 1_000
+    max_events: int = 100_000
+    max_bytes: int = 64 * 1024 * 1024
+    retain_runs: int = 1_000
+    retain_bytes: int = 256 * 1024 * 1024
+    retain_age: float = 3_600.0
+    run_timeout: float = 3_600.0
+    input_timeout: float = 1_800.0
+    cleanup: float = 5.0
+    max_threads: int = 32
+    max_steps: int = 50
+    max_tries: int = 6
+    retry_delay: float = 2.0
+    liveness: float = 10.0
+    stall: float = 600.0
+
+
+class Runnable(Protocol):
+    """An agent, as far as its run needs to know it."""
+
+    @property
+    def name(self) -> str:
+        """What clients ask for."""
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """What `run.call` finds by name."""
+
+    @property
+    def function(self) -> Any:
+        """What is called with the run."""
+
+
+class Host(Protocol):
+    """What a run needs of whoever supervises it."""
+
+    def report_crash(self, error: BaseException, where: str, /) -> None:
+        """Write an error that is not shown to clients, with its traceback, to the log."""
+
+    def limit_reached(self, what: str, /) -> None:
+        """The log has reached a bound: the run must end."""
+
+    def input_changed(self) -> None:
+        """The run has begun, or ceased, to wait for a person."""
+
+    async def run_child(
+        self, agent: Any, input: Any, *, started: Callable[[str, str], None]
+    ) -> Any:
+        """Run another agent below this one, and return its result.
+
+        Args:
+            agent: The agent, or the name of one that the server knows.
+            input: What it is given.
+            started: Called with the child's agent and run id before its first step.
+
+        Raises:
+            AgentError: It ended in any other way than with success.
+        """
+
+
+@attrs.define(eq=False)
+class _Asked:
+    questions: tuple[Question, ...]
+    event: InputRequested
+    since: float  # the loop's time
+    answered: trio.Event = attrs.field(factory=trio.Event)
+    answers: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class Step:
+    """A step that is under way; what is set on it stands in its `step_finished`."""
+
+    result: Any = None
+    error: Problem | None = None
+    usage: Usage | None = None
+    finish_reason: FinishReason | None = None
+
+
+@attrs.define(eq=False)
+class _Pulse:
+    """Where the watch over open steps stands; times are the loop's."""
+
+    began: float
+    changed: float  # when more events were first seen
+    events: int  # at that time, those that count
+    beat: float  # when the last `liveness` was told
+    due: Due | None = None
+
+
+@attrs.define(eq=False, repr=False)
+class RunContext:
+    """A run, as its agent sees it.
+
+    Attributes:
+        id: The run's id.
+        agent: Who runs.
+        thread_id: The conversation that it belongs to, if any.
+        input: What the run was given.
+        metadata: What the client attached to it.
+        nursery: The run's own; what is started here is part of the run, and is cancelled and
+            joined with it.
+        history: What was said in its thread before; empty without a thread.
+        conversation: What is said in this run, as later runs of the thread will be told.
+    """
+
+    id: str
+    agent: Runnable
+    input: Any
+    thread_id: str | None
+    metadata: Any
+    writer: Coalescer
+    host: Host
+    limiter: trio.CapacityLimiter
+    providers: Mapping[str, Provider]
+    limits: Limits
+    history: tuple[Message, ...] = ()
+    conversation: list[Message] = attrs.field(factory=list)
+    is_full: bool = False
+    nursery: trio.Nursery = attrs.field(init=False)
+    usage: Usage = attrs.field(factory=Usage)
+    workers: Workers = attrs.field(init=False)
+    asked: dict[str, _Asked] = attrs.field(factory=dict)
+    is_cancelled: bool = False
+    on_step_finished: Callable[[], None] | None = None
+    _open_steps: int = 0
+    _pulse: "_Pulse | None" = None
+    _watching: set[trio.CancelScope] = attrs.field(factory=set)
+    _delegations: int = 0
+    _beats: int = 0
+    _open_parts: dict[str, tuple[PartStarted, list[str]]] = attrs.field(factory=dict)
+    _speaking: str | None = None
+    _answered: set[str] = attrs.field(factory=set)
+    _cleanup_until: float | None = None
+    _count: int = 0
+    loop_thread: int = attrs.field(factory=threading.get_ident)
+    loop_token: trio.lowlevel.TrioToken = attrs.field(factory=trio.lowlevel.current_trio_token)
+
+    def __attrs_post_init__(self) -> None:
+        self.workers = Workers(self.limiter, self.cleanup)
+
+    # What a provider may know of it (`agentsse.providers.Caller`)
+
+    @property
+    def window(self) -> float:
+        """Seconds for which deltas are joined: hearing them more often is of no use."""
+        return self.writer.window
+
+    async def sleep_until(self, when: float) -> None:
+        """Wait for the loop's clock, together with all others that wait."""
+        await self.writer.timer.sleep_until(when)
+
+    def lull(self) -> None:
+        """Let out what has come together; called before waiting for more. Sync."""
+        self.writer.lull()
+
+    # What an agent says
+
+    def emit(self, name: str, /, **data: Any) -> None:
+        """Report something: a `custom` event with this name and, as its value, `data` as JSON.
+
+        It never blocks and never raises: what JSON cannot hold becomes an event named
+        `agentsse.error` that says where.
+        """
+        self.append(_emitted(name, data))
+
+    def text(self, delta: str) -> None:
+        """Say more: text for the person, streamed as it comes, in one part until something else."""
+        self._speak("text", delta)
+
+    def reasoning(self, delta: str) -> None:
+        """Think aloud: like `text`, in a part of its own kind."""
+        self._speak("reasoning", delta)
+
+    def _speak(self, kind: PartKind, delta: str) -> None:
+        if self.writer.log.closed or self.is_full:
+            return
+        delta = well_formed(delta)
+        part_id = self._speaking
+        if part_id is None or self._open_parts[part_id][0].kind != kind:
+            self._fall_silent()
+            part_id = self._speaking = self.next_id("p")
+            self.append(PartStarted(part_id=part_id, kind=kind))
+        if delta:
+            self.append(PartDelta(part_id=part_id, kind=kind, delta=delta))
+
+    def _fall_silent(self) -> None:
+        if self._speaking is not None:
+            self.append(self._whole_part(self._speaking))
+
+    def _whole_part(self, part_id: str) -> PartFinished:
+        started, deltas = self._open_parts[part_id]
+        return PartFinished(
+            part_id=part_id,
+            kind=started.kind,
+            text="".join(deltas),
+            name=started.name,
+            call_id=started.call_id,
+        )
+
+    def append(self, event: AnyEvent) -> None:
+        """Put an event into the run's log; behind its end, or its bounds, it is dropped. Sync."""
+        log = self.writer.log
+        if log.closed or self.is_full:
+            return
+        self.writer.append(event)  # raises before anything is noted
+        if type(event) in _OF_PARTS:
+            self._follow_part(event)  # type: ignore[arg-type]  # isinstance costs six times the test
+        if log.size >= self.limits.max_bytes or len(log.events) >= self.limits.max_events:
+            self.is_full = True
+            self.host.limit_reached(f"{len(log.events)} events, {log.size} bytes")
+
+    def hand_in(self, event: AnyEvent) -> None:
+        """Append an event from whichever thread this is; from another one a moment later."""
+        if threading.get_ident() == self.loop_thread:
+            self.append(event)
+            return
+        try:
+            self.loop_token.run_sync_soon(self._append_contained, event)
+        except trio.RunFinishedError:
+            return  # the thread outlived the event loop: there is nobody left to tell
+
+    def _append_contained(self, event: AnyEvent) -> None:
+        """Append what a thread has handed in; what it raised here would end the event loop."""
+        try:
+            self.append(event)
+        except Exception as error:  # noqa: BLE001
+            self.host.report_crash(error, "an event of a thread")
+
+    def _follow_part(self, event: PartStarted | PartDelta | PartFinished) -> None:
+        match event:
+            case PartDelta():
+                if (part := self._open_parts.get(event.part_id)) is not None:
+                    part[1].append(event.delta)
+            case PartStarted():
+                self._open_parts[event.part_id] = (event, [])
+            case PartFinished():
+                self._open_parts.pop(event.part_id, None)
+                if event.part_id == self._speaking:
+                    self._speaking = None
+            case _:
+                assert_never(event)
+
+    def finish_parts(self, part_ids: Collection[str] | None = None) -> list[PartFinished]:
+        """Finish whatever part is still open with what it holds: nothing stays half said.
+
+        Also where the log is full: what is left to say has been said before, in pieces.
+
+        Args:
+            part_ids: Only these; None for all.
+        """
+        wanted = self._open_parts if part_ids is None else part_ids
+        finished = [self._whole_part(part_id) for part_id in self._open_parts if part_id in wanted]
+        for part in finished:
+            del self._open_parts[part.part_id]
+            self.writer.append(part)
+            if part.part_id == self._speaking:
+                self._speaking = None
+        return finished
+
+    # What an agent does
+
+    @contextmanager
+    def step(self, name: str, *, kind: StepKind = "node") -> Iterator[Step]:
+        """Name a stretch of the run; an error in it stands in its `step_finished` and goes on."""
+        self._fall_silent()
+        step_id, step = self.next_id("s"), Step()
+        self.append(StepStarted(step_id=step_id, kind=kind, name=name))
+        self._open_steps += 1
+        if self._pulse is None:
+            self._begin_pulse()
+        problem: Problem | None = None
+        result: Raw | UnsetType = UNSET
+        try:
+            yield step
+            if step.result is not None:
+                result = encode_json(step.result, what="step.result")
+        except BaseException as error:
+            problem = problem_of(error, f"the step {name!r}")
+            raise
+        finally:
+            self._open_steps -= 1
+            if not self._open_steps:
+                self._end_pulse()
+            self._fall_silent()
+            self.append(
+                StepFinished(
+                    step_id=step_id,
+                    kind=kind,
+                    name=name,
+                    result=result,
+                    error=problem or step.error,
+                    usage=step.usage,
+                    finish_reason=step.finish_reason,
+                )
+            )
+            if self.on_step_finished is not None:
+                self.on_step_finished()
+
+    def _begin_pulse(self) -> None:
+        now = trio.current_time()
+        self._pulse = _Pulse(now, now, len(self.writer.log.events) - self._beats, now)
+        self._await_pulse(self._pulse)
+
+    def _end_pulse(self) -> None:
+        if self._pulse is not None and self._pulse.due is not None:
+            self._pulse.due.cancel()
+        self._pulse = None
+
+    def _await_pulse(self, pulse: _Pulse) -> None:
+        limits = self.limits
+        interval = min(limits.liveness, limits.stall / 3)
+        when = trio.current_time() + interval
+        pulse.due = self.writer.timer.call_at(when, lambda: self._feel_pulse(pulse))
+
+    def _feel_pulse(self, pulse: _Pulse) -> None:
+        """Tell that a step is under way, and see whether anything has happened.
+
+        Events are counted here, now and then: nothing on their way pays for it.
+        """
+        now, count = trio.current_time(), len(self.writer.log.events) - self._beats
+        # A person may take their time, and a child run has a watch of its own.
+        if count != pulse.events or self.asked or self._delegations:
+            pulse.changed, pulse.events = now, count
+        idle = now - pulse.changed
+        if now - pulse.beat >= self.limits.liveness and not self.asked:
+            pulse.beat = now
+            self._beats += 1
+            self.append(
+                Liveness(
+                    elapsed_s=round(now - pulse.began, 3),
+                    events=count,
+                    since_last_output_s=round(idle, 3),
+                )
+            )
+        if idle >= self.limits.stall and self._watching:
+            self.append(Stalled(idle_s=round(idle, 3), limit_s=self.limits.stall))
+            for scope in self._watching:
+                scope.cancel(reason="stalled")
+            pulse.changed = now
+        self._await_pulse(pulse)
+
+    @contextmanager
+    def watched(self) -> Iterator[trio.CancelScope]:
+        """Watch over a stretch of a step: it is cancelled when nothing happens in the run.
+
+        That is when no event has come for as long as `limits.stall`, but those that only say that
+        the step is under way, while no person was asked and no child run was waited for.
+        """
+        with trio.CancelScope() as scope:
+            self._watching.add(scope)
+            if self._pulse is not None:
+                self._pulse.changed = trio.current_time()
+            try:
+                yield scope
+            finally:
+                self._watching.discard(scope)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is open."""
+        return self._open_steps > 0
+
+    @contextmanager
+    def cleanup(self) -> Iterator[trio.CancelScope]:
+        """Shield what must still be done, for a bounded time.
+
+        An await in a `finally` is cancelled at once when the run is; inside of this it is not, for
+        5 s in all per run, counted from the first cleanup after the cancel. When that time is up
+        the block is left like any `move_on` scope, and the log says so.
+
+        Raises:
+            trio.TooSlowError: It took as long in a run that nobody has cancelled.
+        """
+        until = trio.current_time() + self.limits.cleanup
+        if self.is_cancelled:
+            if self._cleanup_until is None:
+                self._cleanup_until = until
+            until = self._cleanup_until
+        with trio.CancelScope(shield=True, deadline=until) as scope:
+            yield scope
+        if scope.cancelled_caught:
+            too_slow = trio.TooSlowError(f"the cleanup took longer than {self.limits.cleanup:g} s")
+            if not self.is_cancelled:
+                raise too_slow
+            self.host.report_crash(too_slow, "the cleanup")
+
+    async def call(
+        self,
+        tool: Tool | str,
+        arguments: Mapping[str, Any] | str,
+        *,
+        call_id: str | None = None,
+        among: Sequence[Tool] | None = None,
+    ) -> Any:
+        """Call a tool, and show the call and its result in the stream.
+
+        Args:
+            tool: The tool, or the name of one.
+            arguments: By name; or JSON text, as a model writes it.
+            call_id: Made here unless the model made one.
+            among: Where the name is looked up; the agent's own tools unless given.
+
+        Returns:
+            What the tool returned.
+
+        Raises:
+            ToolError: The arguments do not fit, the tool said no, took too long, or crashed; what
+                it says has been streamed already.
+        """
+        self._fall_silent()
+        call_id = call_id or self.next_id("c")
+        name = tool.name if isinstance(tool, Tool) else tool
+        self.append(ToolStarted(call_id=call_id, name=name, arguments=_shown(arguments)))
+        result: Raw = NULL
+        is_error = True
+        is_over = threading.Event()
+
+        def show(delta: str) -> None:
+            if not is_over.is_set():  # a thread may write on when nobody waits for it any more
+                self.hand_in(ToolOutputDelta(call_id=call_id, delta=well_formed(delta)))
+
+        try:
+            with output_to(show):
+                value = await self._call(
+                    tool, arguments, self.agent.tools if among is None else among
+                )
+            result, is_error = encode_json(value, what=f"the result of {name}"), False
+        except trio.Cancelled as error:
+            result = encode_json({"error": problem_of(error, f"the tool {name!r}").message})
+            raise
+        except Exception as error:
+            message = problem_of(error, f"the tool {name!r}").message
+            result = encode_json({"error": message})
+            if isinstance(error, ToolError):
+                raise
+            if not isinstance(error, AgentsseError):
+                self.host.report_crash(error, f"the tool {name!r}")
+            raise ToolError(message) from error
+        finally:
+            # A group that holds Cancelled beside an error passes here too, and goes on as it is.
+            is_over.set()
+            self.append(
+                ToolFinished(
+                    call_id=call_id, name=name, result=result, is_error=is_error, source="local"
+                )
+            )
+        return value
+
+    async def _call(
+        self, tool: Tool | str, arguments: Mapping[str, Any] | str, among: Sequence[Tool]
+    ) -> Any:
+        if isinstance(tool, str):
+            known = {t.name: t for t in among}
+            if tool not in known:
+                await trio.lowlevel.checkpoint()
+                raise ToolError(
+                    f"expected one of the tools {', '.join(known) or '(none)'}, got {tool!r}"
+                )
+            tool = known[tool]
+        return await tool.call(tool.decode(arguments), self.workers)
+
+    async def ask(self, questions: str | Question | Sequence[Question]) -> Any:
+        """Ask a person, and wait for the answer.
+
+        While a run waits, leaving never cancels it; the input timeout does.
+
+        Args:
+            questions: A prompt for free text, a question, or several.
+
+        Returns:
+            The answer, where one thing was asked; else answers by question id.
+        """
+        self._fall_silent()
+        single = isinstance(questions, str | Question)
+        if isinstance(questions, str):
+            questions = Question(id="answer", kind="text", prompt=questions)
+        if isinstance(questions, Question):
+            questions = [questions]
+        request_id = self.next_id("q")
+        request = InputRequested(request_id=request_id, questions=tuple(questions))
+        asked = _Asked(tuple(questions), request, trio.current_time())
+        self.append(request)
+        self.asked[request_id] = asked
+        self.host.input_changed()
+        try:
+            await asked.answered.wait()
+        finally:
+            if self.asked.pop(request_id, None) is not None:
+                self.host.input_changed()
+        return asked.answers[questions[0].id] if single else asked.answers
+
+    def answer(self, request_id: str, answers: Mapping[str, Any]) -> None:
+        """Hand in the answers to a request; the first to do so wins. Sync.
+
+        Raises:
+            NotFound: Nothing of that id is being asked.
+            Conflict: It has been answered already.
+            BadRequest: The answers do not fit the questions.
+        """
+        if request_id in self._answered:
+            raise Conflict(f"the request {request_id!r} has been answered already")
+        asked = self.asked.get(request_id)
+        if asked is None:
+            raise NotFound(
+                f"expected the id of an open request ({', '.join(self.asked) or 'there is none'}), "
+                f"got {request_id!r}"
+            )
+        check_answers(asked.questions, answers)
+        asked.answers = dict(answers)
+        received = InputReceived(request_id=request_id, answers=encode_json(asked.answers))
+        # From here on it is answered, whatever happens before `ask` gets to run again.
+        del self.asked[request_id]
+        self._answered.add(request_id)
+        self.append(received)
+        asked.answered.set()
+        self.host.input_changed()
+
+    def dissolve(self) -> None:
+        """Forget what an agent needs, once the run is over.
+
+        References in a circle would keep a run beyond its retention until the collector comes by.
+        """
+        del self.host, self.workers
+        self.on_step_finished = None
+        self._end_pulse()
+        self.writer.forget()
+        self.history, self.conversation = (), []
+        self.input = self.metadata = None  # JSON of both is in the run, and takes less room
+        self.asked.clear()
+        self._open_parts.clear()
+
+    async def delegate(self, agent: Runnable | str, input: Any) -> Any:
+        """Run another agent as a child of this run, and return its result.
+
+        Its events are in a log of its own; here only its start and its end are told.
+
+        Raises:
+            AgentError: It ended in any other way than with success; says how.
+        """
+        self._fall_silent()
+        begun: list[tuple[str, str]] = []  # stays empty where there is no such agent
+
+        def started(name: str, child_run_id: str) -> None:
+            begun.append((name, child_run_id))
+            self.append(AgentStarted(agent=name, child_run_id=child_run_id))
+
+        report: Raw | UnsetType = UNSET
+        problem: Problem | None = None
+        self._delegations += 1
+        try:
+            result = await self.host.run_child(agent, input, started=started)
+            report = encode_json(result)
+        except BaseException as error:
+            problem = problem_of(error, "the child run")
+            raise
+        finally:
+            self._delegations -= 1
+            for name, child_run_id in begun:
+                self.append(
+                    AgentFinished(
+                        agent=name, child_run_id=child_run_id, report=report, error=problem
+                    )
+                )
+        return result
+
+    def next_id(self, letter: str) -> str:
+        """An id that nothing else in this run has."""
+        self._count += 1
+        return f"{letter}{self._count}"
+
+
+_current: contextvars.ContextVar[RunContext | None] = contextvars.ContextVar(
+    "agentsse.run", default=None
+)
+
+
+def current_run() -> RunContext | None:
+    """The run that the calling code is part of, if it is part of one."""
+    return _current.get()
+
+
+@contextmanager
+def running(context: RunContext) -> Iterator[None]:
+    """Make `context` the current run of this task, and of all that is started below it."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def emit(name: str, /, **data: Any) -> None:
+    """Report something from anywhere below an agent: a function, a child task, a tool's thread.
+
+    Outside of a run it does nothing. It never blocks and never raises.
+
+    Args:
+        name: What clients know it by.
+        data: Anything that JSON can hold; encoded here and now.
+    """
+    context = _current.get()
+    if context is None:
+        return
+    context.hand_in(_emitted(name, data))
+
+
+def _emitted(name: str, data: dict[str, Any]) -> Custom:
+    try:
+        if not (isinstance(name, str) and name and name.isprintable()):
+            raise BadRequest(
+                f"emit: expected a name of printable characters, got {ascii(name)[:80]}"
+            )
+        return Custom(name=name, value=encode_json(data, what=name))
+    except AgentsseError as error:
+        return Custom(name="agentsse.error", value=encode_json(problem_of(error, "emit")))
+
+
+def problem_of(error: BaseException, where: str) -> Problem:
+    """What of an error may be shown: the words of our own, of others only the name of the type."""
+    error = unwrapped(error)
+    match error:
+        case AgentsseError():
+            return Problem(
+                code=well_formed(str(error.code)),
+                message=well_formed(error.message),
+                status=error.status if isinstance(error.status, int) else 500,
+            )
+        case trio.Cancelled():
+            return Problem(code="cancelled", message=f"{where} was cancelled", status=499)
+        case SystemExit():
+            return Problem(
+                code="system_exit",
+                message=f"{where} tried to end the process; raise an error instead",
+                status=500,
+            )
+        case _:
+            return Problem(
+                code="crashed",
+                message=f"{where} raised {type(error).__name__}; the server's log has the details",
+                status=500,
+            )
+
+
+def check_answers(questions: Sequence[Question], answers: Mapping[str, Any]) -> None:
+    """See that answers fit their questions: all of them, and nothing else.
+
+    Raises:
+        BadRequest: Says which does not, and what was expected.
+    """
+    ids = [question.id for question in questions]
+    if set(answers) != set(ids):
+        raise BadRequest(
+            f"answers: expected the keys {', '.join(ids)}, got {', '.join(answers) or 'none'}"
+        )
+    for question in questions:
+        given = answers[question.id]
+        match question.kind:
+            case "text":
+                fits, expected = isinstance(given, str), "a string"
+            case "confirm":
+                fits, expected = isinstance(given, bool), "true or false"
+            case "choice":
+                options = [option.id for option in question.options]
+                fits, expected = given in options, f"one of {', '.join(options)}"
+            case _:
+                assert_never(question.kind)
+        if not fits:
+            raise BadRequest(f"expected {expected} for {question.id!r}, got {given!r}")
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The one error of a group that holds only one, at any depth, cancels beside it left aside."""
+    while isinstance(error, BaseExceptionGroup):
+        _, real = error.split(trio.Cancelled)
+        if real is not None and len(real.exceptions) > 1:
+            return real
+        error = (real or error).exceptions[0]
+    return error
+
+
+def _shown(arguments: Mapping[str, Any] | str) -> Raw:
+    """Arguments as JSON for the stream, also where the model did not write any."""
+    if isinstance(arguments, str):
+        try:
+            return encode_json(decode_json(arguments or "{}"))
+        except AgentsseError:
+            return encode_json(well_formed(arguments))
+    try:
+        return encode_json(arguments)
+    except AgentsseError:
+        return encode_json(repr(arguments))
