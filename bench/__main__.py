@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from . import saturate
+from . import relay, saturate
 
 
 @click.group()
@@ -34,10 +34,46 @@ def _saturate(
     raise SystemExit(saturate.measure(size, floor=floor, file=file))
 
 
+@bench.command("relay")
+@click.option("--quick", is_flag=True, help="20 streams of 1.5 s, one round, no targets.")
+@click.option(
+    "--streams", type=click.IntRange(1, 900), multiple=True, help="At once; default 150, then 400."
+)
+@click.option("--seconds", type=click.IntRange(5, 60), help="Of each stream; default 10.")
+@click.option("--rounds", type=click.IntRange(1, 20), help="Of each relay; default 3.")
+@click.option("--check", is_flag=True, help="Fail where a target is missed.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Where to write all figures.")
+def _relay(
+    *,
+    quick: bool,
+    streams: tuple[int, ...],
+    seconds: int | None,
+    rounds: int | None,
+    check: bool,
+    file: Path | None,
+) -> None:
+    """A model's tokens as they come, through agentsse, through aiohttp and through Node."""
+    usual = relay.Size((20,), 1.5, 1) if quick else relay.Size((150, 400), 10.0, 3)
+    size = relay.Size(
+        streams or usual.streams,
+        seconds or usual.seconds,
+        rounds or usual.rounds,
+        is_smoke=quick,
+    )
+    raise SystemExit(relay.measure(size, check=check, file=file))
+
+
 @bench.command("serve", hidden=True)
 def _serve() -> None:
     """Be the agentsse server that is measured."""
     saturate.serve_ticks()
+
+
+@bench.command("serve-relay", hidden=True)
+@click.argument("url")
+def _serve_relay(url: str) -> None:
+    """Be the agentsse server that relays."""
+    relay.serve_relay(url)
 
 
 bench(prog_name="python -m bench")

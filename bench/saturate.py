@@ -7,16 +7,10 @@ Each server has one process for all rounds, on one core; the client has the othe
 are ended by the nursery that started them.
 """
 
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,8 +19,18 @@ import attrs
 import trio
 
 from agentsse import agent, emit
-from agentsse.config import ServerSettings, Settings
-from agentsse.server import Server, serve
+
+from .measuring import (
+    Address,
+    Cores,
+    answer_of,
+    cpu_seconds,
+    listening,
+    machine,
+    memory,
+    serve_quietly,
+    shown,
+)
 
 TEXT = "The quick brown fox jumps over the dog"  # as in the peers: about 180 bytes of data in all
 STRIDE = 50  # events between two checkpoints of the agent
@@ -35,7 +39,6 @@ LOAD_CAP = 30.0  # seconds for one round of one server
 WARM_UP = (5, 50)  # streams, events: imports, code paths, the allocator
 FULL = 0.9  # share of a core above which the client may be the bottleneck
 SAME_SIZE = 0.1  # how far bytes per event may lie apart
-CHECKOUT = Path(__file__).parent.parent
 
 
 @agent
@@ -53,16 +56,7 @@ async def ticks(_run, input):
 
 def serve_ticks() -> None:
     """Serve `ticks` with default settings until SIGTERM; print the address as a JSON line."""
-
-    def announce(server: Server) -> None:
-        host, _, port = server.urls[0].removeprefix("http://").rpartition(":")
-        print(json.dumps({"host": host, "port": int(port)}), flush=True)
-
-    def ignore(*_args: object, **_facts: object) -> None:
-        """Log nothing, as the peers do."""
-
-    settings = Settings(server=ServerSettings(port=0))
-    sys.exit(trio.run(partial(serve, [ticks], settings, report=ignore, announce=announce)))
+    serve_quietly(ticks)
 
 
 @attrs.frozen
@@ -115,34 +109,17 @@ class Running:
     """A server that listens."""
 
     subject: Subject
-    pid: int
-    host: str
-    port: int
-
-
-@attrs.frozen
-class Cores:
-    """Where the server and the client run; None where there is no choice."""
-
-    server: int | None
-    client: int | None
-
-    @classmethod
-    def choose(cls) -> "Cores":
-        if not hasattr(os, "sched_setaffinity"):
-            return cls(None, None)
-        cores = sorted(os.sched_getaffinity(0))
-        return cls(cores[0], cores[1]) if len(cores) > 1 else cls(None, None)
+    at: Address
 
 
 def measure(size: Size, *, floor: float | None, file: Path | None) -> int:
     """Measure, print a table, and return the exit code: 1 for a failed stream or a low ratio."""
     try:
-        rounds, memory = trio.run(_measure, size)
+        rounds, held = trio.run(_measure, size)
     except trio.TooSlowError:
         print(f"FAILED: expected an end within {HARD_CAP:g} s in all")
         return 1
-    results = {subject.name: _summary(rounds[subject], memory[subject]) for subject in rounds}
+    results = {subject.name: _summary(rounds[subject], held[subject]) for subject in rounds}
     ours, theirs = results[OURS.name], results[AIOHTTP.name]
     ratio = ours["median_events_per_second"] / theirs["median_events_per_second"]
     cpu_ratio = None
@@ -155,7 +132,7 @@ def measure(size: Size, *, floor: float | None, file: Path | None) -> int:
     if file is not None:
         facts = {
             "what": "saturate",
-            "machine": _machine(),
+            "machine": machine("aiohttp"),
             "size": attrs.asdict(size),
             "ratio": ratio,
             "cpu_ratio": cpu_ratio,
@@ -182,51 +159,26 @@ async def _measure(size: Size) -> tuple[dict[Subject, list[Round]], dict[Subject
                         f"client {done.client_cpu / done.seconds:4.0%} of a core",
                         flush=True,
                     )
-            memory = {server.subject: _memory(server.pid) for server in (ours, theirs)}
-    return rounds, memory
+            held = {server.subject: memory(server.at.pid) for server in (ours, theirs)}
+    return rounds, held
 
 
 @asynccontextmanager
 async def _serving(subject: Subject, cores: Cores) -> AsyncIterator[Running]:
-    command = [sys.executable, "-m", *subject.command]
-    async with trio.open_nursery() as nursery:
-        process: trio.Process = await nursery.start(
-            partial(trio.run_process, command, stdout=subprocess.PIPE, cwd=CHECKOUT, check=False)
-        )
-        try:
-            _pin(process.pid, cores.server)
-            yield Running(subject, process.pid, **json.loads(await _first_line(process)))
-        finally:
-            nursery.cancel_scope.cancel()  # SIGTERM, and SIGKILL after 5 s
-
-
-async def _first_line(process: trio.Process) -> bytes:
-    assert process.stdout is not None
-    line = b""
-    while b"\n" not in line:
-        more = await process.stdout.receive_some()
-        if not more:
-            raise RuntimeError(f"expected an address from {process.args}, got the end")
-        line += more
-    return line
+    async with listening([sys.executable, "-m", *subject.command], cores.server) as address:
+        yield Running(subject, address)
 
 
 async def _load(server: Running, streams: int, events: int, cores: Cores) -> Round:
     target, body = server.subject.order(events)
     command = [
         sys.executable, "-m", "bench.load",
-        "--host", server.host, "--port", str(server.port), "--target", target, "--body", body,
+        "--host", server.at.host, "--port", str(server.at.port), "--target", target, "--body", body,
         "--streams", str(streams), "--events", str(events), "--seconds", str(LOAD_CAP),
     ]  # fmt: skip
-    before = _cpu_seconds(server.pid)
-    done = await trio.run_process(
-        command,
-        capture_stdout=True,
-        cwd=CHECKOUT,
-        preexec_fn=partial(_pin, 0, cores.client),
-    )
-    after = _cpu_seconds(server.pid)
-    answer = json.loads(done.stdout)
+    before = cpu_seconds(server.at.pid)
+    answer = await answer_of(command, cores.client)
+    after = cpu_seconds(server.at.pid)
     return Round(
         seconds=answer["seconds"],
         events=answer["events"],
@@ -237,36 +189,7 @@ async def _load(server: Running, streams: int, events: int, cores: Cores) -> Rou
     )
 
 
-def _pin(pid: int, core: int | None) -> None:
-    if core is not None:
-        os.sched_setaffinity(pid, {core})
-
-
-def _cpu_seconds(pid: int) -> float | None:
-    """Processor time of a process and its threads, to the nanosecond.
-
-    The clock's number is what clock_getcpuclockid(3) makes on Linux; Python does not offer it.
-    """
-    try:
-        return time.clock_gettime(~pid << 3 | 2) if sys.platform == "linux" else None
-    except OSError:
-        return None
-
-
-def _memory(pid: int) -> dict[str, float]:
-    """MiB that a process holds, and held at most."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = dict(line.split(":", 1) for line in lines)
-    return {
-        name: round(int(fields[field].split()[0]) / 1024, 1)
-        for name, field in (("now", "VmRSS"), ("peak", "VmHWM"))
-    }
-
-
-def _summary(rounds: Sequence[Round], memory: dict[str, float]) -> dict[str, Any]:
+def _summary(rounds: Sequence[Round], held: dict[str, float]) -> dict[str, Any]:
     rates = [done.rate for done in rounds]
     events = sum(done.events for done in rounds)
     known = [done.server_cpu for done in rounds if done.server_cpu is not None]
@@ -276,7 +199,7 @@ def _summary(rounds: Sequence[Round], memory: dict[str, float]) -> dict[str, Any
         "server_cpu_seconds": median(known) if known else None,
         "cpu_us_per_event": sum(known) / events * 1e6 if known and events else None,
         "bytes_per_event": sum(done.bytes for done in rounds) / max(events, 1),
-        "memory_mib": memory,
+        "memory_mib": held,
         "client_share": max(done.client_cpu / done.seconds for done in rounds),
         "failures": [failure for done in rounds for failure in done.failures],
         "rounds": [attrs.asdict(done) for done in rounds],
@@ -289,23 +212,19 @@ def _print_table(results: dict[str, Any], ratio: float, cpu_ratio: float | None)
         f"{'B/event':>9}{'MiB':>7}{'peak':>7}"
     )
     for name, found in results.items():
-        memory = found["memory_mib"]
+        held = found["memory_mib"]
         print(
             f"{name:10}{found['median_events_per_second']:>10,.0f}"
             f"{found['best_events_per_second']:>10,.0f}"
-            f"{_shown(found['server_cpu_seconds'], 2):>8}{_shown(found['cpu_us_per_event'], 2):>10}"
+            f"{shown(found['server_cpu_seconds'], 2):>8}{shown(found['cpu_us_per_event'], 2):>10}"
             f"{found['bytes_per_event']:>9.1f}"
-            f"{_shown(memory.get('now'), 1):>7}{_shown(memory.get('peak'), 1):>7}"
+            f"{shown(held.get('now'), 1):>7}{shown(held.get('peak'), 1):>7}"
         )
     by_cpu = "" if cpu_ratio is None else f", {cpu_ratio:.2f} by processor time"
     print(f"\nagentsse / aiohttp: {ratio:.2f}{by_cpu}")
     for name, found in results.items():
         if found["client_share"] > FULL:
             print(f"note: the client was busy while {name} served; it may have been the bottleneck")
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _problems(results: dict[str, Any], ratio: float, floor: float | None) -> list[str]:
@@ -316,19 +235,3 @@ def _problems(results: dict[str, Any], ratio: float, floor: float | None) -> lis
     if floor is not None and ratio < floor:
         found.append(f"expected a ratio of at least {floor:g}, got {ratio:.2f}")
     return found
-
-
-def _machine() -> dict[str, Any]:
-    packages = ("agentsse", "trio", "hypercorn", "quart-trio", "msgspec", "aiohttp")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
