@@ -1296,3 +1296,15 @@ async def test_what_is_left_of_a_key_that_was_cut_is_blanked():
             await call(provider_at(upstream, key=key))
     assert "x x [redacted]..." in refused.value.message
     assert "canary" not in refused.value.message
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_json_that_is_nested_too_deeply_is_text(depth):
+    """Whatever Python itself can read: it could not be written again."""
+    data = '["\\ud83d",' + "[" * depth + "]" * depth + "]"
+    assert data == decode_foreign(data)
+
+
+def test_json_that_is_wide_is_not_deep():
+    """However many lists there are side by side."""
+    assert [[]] * 1_000 == decode_foreign("[" + ",".join(["[]"] * 1_000) + "]")

@@ -59,6 +59,7 @@ MAX_FRAME: Final = 16 * 1024 * 1024  # bytes of one upstream frame; a whole resp
 MAX_CALLS: Final = 128  # of our tools in one answer, named or not: all of them run at once
 MAX_ERROR_BODY: Final = 64 * 1024  # bytes of an error's body that are looked at
 MIN_KEY: Final = 8  # characters of a key that are worth hiding
+MAX_DEPTH: Final = 500  # of JSON; how deep Python itself can read and write depends on its version
 MAX_QUOTED: Final = 500  # characters of what a provider says that are quoted in a message
 
 # What is said and asked ---------------------------------------------------------------------------
@@ -560,14 +561,31 @@ def decode_foreign(data: str | bytes) -> Any:
     Returns:
         Python's plain types; the text itself where it is no JSON.
     """
+    text = data if isinstance(data, str) else data.decode("utf-8", "replace")
     try:
-        return decode_json(data)
+        value = decode_json(data)
     except BadRequest:
-        text = data if isinstance(data, str) else data.decode("utf-8", "replace")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+    may_be_deep = text.count("[") + text.count("{") > MAX_DEPTH
+    return text if may_be_deep and _is_deep(value) else value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested so deeply that it could not be written again."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def encode_raw(value: Any) -> Raw:
