@@ -46,7 +46,6 @@ from agentsse.testing import ScriptedProvider, ask_for, say
 from agentsse.tools import tool
 
 BUSY = ProviderError("busy", code="overloaded")
-BROKEN = ProviderError("no such model", code="not_found")
 
 
 async def play(agent, *providers, input="Hi.", **limits):
