@@ -297,6 +297,16 @@ def test_numbers_that_json_has_no_word_for_say_where_they_are(value, place):
     )
 
 
+def test_what_is_no_number_at_the_second_look_is_let_through():
+    """Only a dict of somebody's own can say NaN here and None there; what was encoded is JSON."""
+
+    class Fickle(dict):
+        def values(self):
+            return [math.nan]
+
+    assert b'{"a":null}' == bytes(encode_json(Fickle(a=None)))
+
+
 @pytest.mark.parametrize(
     ("value", "culprit"),
     [

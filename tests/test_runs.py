@@ -1174,6 +1174,22 @@ async def test_each_end_is_reported(autojump_clock):
     ] == told
 
 
+async def test_what_fails_in_the_timer_is_reported(autojump_clock):
+    """It is nobody's run; operators are told where it was, and the runs go on."""
+
+    def late():
+        raise OSError("nobody's")
+
+    async with opened(sleeping) as runs:
+        runs.timer.call_at(trio.current_time() + 1, late)
+        run = begin(runs, sleeping, 5)
+        await runs.wait_idle()
+        ((event, facts),) = reported(runs)
+    assert ("crash", "the timer", "OSError") == (event, facts["where"], facts["error"])
+    assert "nobody's" in facts["traceback"]
+    assert FINE == ended(run)
+
+
 async def test_a_report_that_fails_changes_nothing(autojump_clock):
     """Neither the run that it is told of, nor the others."""
     told = []
