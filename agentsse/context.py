@@ -17,7 +17,7 @@ import attrs
 import trio
 from msgspec import UNSET, Raw, UnsetType
 
-from .errors import AgentsseError, BadRequest, Conflict, NotFound, ToolError
+from .errors import AgentError, AgentsseError, BadRequest, Conflict, NotFound, ToolError
 from .events import (
     NULL,
     AgentFinished,
@@ -486,7 +486,9 @@ class RunContext:
         Raises:
             ToolError: The arguments do not fit, the tool said no, took too long, or crashed; what
                 it says has been streamed already.
+            AgentError: The run is over.
         """
+        self._see_that_it_goes_on()
         self._fall_silent()
         call_id = call_id or self.next_id("c")
         name = tool.name if isinstance(tool, Tool) else tool
@@ -549,7 +551,11 @@ class RunContext:
 
         Returns:
             The answer, where one thing was asked; else answers by question id.
+
+        Raises:
+            AgentError: The run is over.
         """
+        self._see_that_it_goes_on()
         self._fall_silent()
         single = isinstance(questions, str | Question)
         if isinstance(questions, str):
@@ -615,8 +621,10 @@ class RunContext:
         Its events are in a log of its own; here only its start and its end are told.
 
         Raises:
-            AgentError: It ended in any other way than with success; says how.
+            AgentError: It ended in any other way than with success, and says how; or this run is
+                over.
         """
+        self._see_that_it_goes_on()
         self._fall_silent()
         begun: list[tuple[str, str]] = []  # stays empty where there is no such agent
 
@@ -642,6 +650,13 @@ class RunContext:
                     )
                 )
         return result
+
+    def _see_that_it_goes_on(self) -> None:
+        if self.writer.log.closed:
+            raise AgentError(
+                f"expected a run that goes on, got {self.id}, which is over; "
+                "whoever uses it is to be part of it: start such tasks in its nursery"
+            )
 
     def next_id(self, letter: str) -> str:
         """An id that nothing else in this run has."""

@@ -433,6 +433,25 @@ async def test_the_current_run_is_that_of_the_task(autojump_clock):
     assert current_run() is None
 
 
+@pytest.mark.parametrize("way", ["call", "ask", "delegate"])
+async def test_a_run_that_is_over_refuses_to_act(way, autojump_clock):
+    """Who has kept it is told so; nothing is added to its log."""
+
+    async def main(run, input):
+        await trio.lowlevel.checkpoint()
+
+    run = await play(main)
+    act = {
+        "call": lambda: run.context.call("look", {}),
+        "ask": lambda: run.context.ask("How?"),
+        "delegate": lambda: run.context.delegate("main", None),
+    }[way]
+    events = list(run.log.events)
+    with pytest.raises(AgentError, match=f"expected a run that goes on, got {run.id}, which is"):
+        await act()
+    assert events == run.log.events
+
+
 # Text
 
 
