@@ -76,8 +76,8 @@ Policy: TypeAlias = Annotated[
 Url: TypeAlias = Annotated[
     str,
     Meta(
-        pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?\Z",
-        description="an http or https URL without user, password, query and fragment",
+        pattern=r"^https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[!\"$->@-~]*)?\Z",
+        description="an http or https URL in ASCII, without user, password, query and fragment",
     ),
 ]
 # A pasted key seldom has this form; a name always has it.

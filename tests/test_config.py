@@ -409,6 +409,36 @@ def test_what_may_be_a_secret_is_not_repeated(refusal, text):
     assert "canary" not in refusal(text)
 
 
+@pytest.mark.parametrize(
+    ("url", "is_fit"),
+    [
+        ("https://api.example.com", True),
+        ("http://127.0.0.1:8081/v1", True),
+        ("http://[::1]:8081/openai/v1/", True),
+        ("http://my_box.local/a%20b/@c", True),
+        ("ftp://host/", False),
+        ("//host/v1", False),
+        ("http:///v1", False),
+        ("http://host:/v1", False),
+        ("http://host:123456/v1", False),
+        ("http://[::1/v1", False),
+        ("http://h\u00f6st/v1", False),
+        ("http://host/\u00e4", False),
+        ("http://host/a b", False),
+        ("http://host/v1#a", False),
+    ],
+)
+def test_an_address_is_one_that_can_be_asked(tmp_path, url, is_fit):
+    """What no request could be sent to is refused by `check` already."""
+    path = tmp_path / "agentsse.toml"
+    path.write_text(f'[providers.x]\nkind = "x"\nbase_url = "{url}"', encoding="utf-8")
+    if is_fit:
+        assert url == load(path, {}).providers["x"].base_url
+    else:
+        with pytest.raises(ConfigError, match="expected an http or https URL in ASCII"):
+            load(path, {})
+
+
 def test_a_provider_has_its_key_in_one_place(refusal):
     """Two places would leave open which one counts."""
     message = refusal('[providers.x]\nkind = "x"\nkey_env = "A"\nkey_file = "b"')
