@@ -76,6 +76,7 @@ class Timer:
     _count: int = 0
     _forgotten: int = 0
     _sleep: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    _wakes_at: float = math.inf  # what its deadline is; to ask the scope costs more
 
     def call_at(self, when: float, function: Callable[[], object]) -> Due:
         """Have `function` called at `when` (the loop's clock), or up to a tick later.
@@ -88,7 +89,8 @@ class Timer:
         when = max(when, math.ceil(when / TICK) * TICK)  # the product may round to below `when`
         self._count += 1  # keeps the order of what falls due together, and functions uncompared
         heapq.heappush(self._heap, (when, self._count, due))
-        self._sleep.deadline = min(self._sleep.deadline, when)
+        if when < self._wakes_at:
+            self._wakes_at = self._sleep.deadline = when
         return due
 
     async def sleep_until(self, when: float) -> None:
@@ -116,7 +118,8 @@ class Timer:
     async def run(self) -> Never:
         """Serve until cancelled."""
         while True:
-            self._sleep = trio.CancelScope(deadline=self._next())
+            self._wakes_at = self._next()
+            self._sleep = trio.CancelScope(deadline=self._wakes_at)
             with self._sleep:
                 await trio.sleep_forever()
             self._fire(trio.current_time())
@@ -166,19 +169,24 @@ class Lag(trio.abc.Instrument):
 
 @attrs.define(eq=False, repr=False)
 class Stamps:
-    """RFC 3339 times, in UTC with milliseconds, formatted once per millisecond."""
+    """RFC 3339 times, in UTC with milliseconds; the calendar is asked once per second."""
 
     clock: Callable[[], int] = time.time_ns
     _millisecond: int = -1
     _text: str = ""
+    _second: int = -1
+    _date: str = ""  # up to the second
 
     def now(self) -> str:
         """The time as text, such as `2026-11-20T16:51:07.042Z`."""
         millisecond = self.clock() // 1_000_000
         if millisecond != self._millisecond:
             self._millisecond = millisecond
-            whole = datetime.fromtimestamp(millisecond // 1000, UTC)
-            self._text = f"{whole:%Y-%m-%dT%H:%M:%S}.{millisecond % 1000:03d}Z"
+            second, rest = divmod(millisecond, 1000)
+            if second != self._second:
+                self._second = second
+                self._date = f"{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}"
+            self._text = f"{self._date}.{rest:03d}Z"
         return self._text
 
 

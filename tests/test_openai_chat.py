@@ -110,6 +110,17 @@ def machine():
     return OpenAIChatNormalizer("m1", base_url="http://here/v1")
 
 
+@attrs.define(eq=False)
+class Unhurried(OpenAIChatNormalizer):
+    """What the machine is without its short way for text."""
+
+    prefix: str = "m1"
+    base_url: str = attrs.field(default="http://here/v1", kw_only=True)
+
+    def take_text(self, _frame):
+        """Leave everything to `take`."""
+
+
 def check_sound(produced, error, *, has_aggregates=False):
     """What holds for every stream whatever."""
     said, started, finished = {}, {}, set()
@@ -960,6 +971,73 @@ def chunks(usual):
     return fuzzed(usual, choices=st.lists(choice, max_size=2), usage=usage | st.none())
 
 
+TEXT_CHUNK = {
+    "object": "chat.completion.chunk",
+    "choices": [
+        {
+            "index": 0,
+            "delta": dict.fromkeys(
+                ("reasoning", "reasoning_content", "refusal", "tool_calls", "function_call")
+            )
+            | {"content": "a", "role": "assistant"},
+            "finish_reason": None,
+            "message": None,
+            "usage": None,
+            "error": None,
+        }
+    ],
+    "usage": None,
+    "error": None,
+}
+GONE = object()
+
+
+def but_for(path, value):
+    """A chunk of text alone, but for one field."""
+    chunk = json.loads(json.dumps(TEXT_CHUNK))
+    *outer, name = path
+    place = chunk
+    for step in outer:
+        place = place[step]
+    if value is GONE:
+        del place[name]
+    else:
+        place[name] = value
+    return chunk
+
+
+def paths(value, path=()):
+    """All places in a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, child in inner:
+        yield (*path, name)
+        if isinstance(child, dict | list):
+            yield from paths(child, (*path, name))
+
+
+@pytest.mark.parametrize("path", [*paths(TEXT_CHUNK)], ids=lambda path: ".".join(map(str, path)))
+def test_the_short_way_for_text_is_but_shorter(path):
+    """A chunk of text gives what it gives without it, whatever else one of its fields says."""
+    odd = ["", "b", "stop", "error", {"message": "no"}, {"content": "c"}, {"prompt_tokens": 3}]
+    odd += [0, 1, False, None, [], [1], ["d", {"type": "text", "text": "e"}], "\ud83d", GONE]
+    odd += [{"name": "f", "arguments": "{}"}, [{"index": 0, "function": {"name": "f"}}]]
+    for value in odd:
+        for name in ("", "event: error\n"):
+            stream = delta(content="begun") + name.encode() + frame(but_for(path, value))
+            stream += frame(TEXT_CHUNK) + delta(content="\ude00") + DONE
+            produced, error = play(machine, [stream])
+            expected, failed = play(Unhurried, [stream])
+            assert (expected, failed and failed.message) == (produced, error and error.message)
+
+
+def test_text_beside_what_is_nested_too_deeply_is_not_understood():
+    """Such a chunk is handed on as text, as any that is no JSON; the stream goes on."""
+    deep = '{"choices":[{"delta":{"content":"b"}}],"x":%s}' % ("[" * 100_000 + "]" * 100_000)
+    answer = read(delta(content="a"), frame(deep), delta("stop", content="c"), every=20_000)
+    assert [("text", "ac")] == answer.parts
+    assert [deep] == answer.handed_on
+
+
 @pytest.mark.parametrize("usual", [True, False])
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
@@ -972,8 +1050,12 @@ def test_no_frame_can_break_the_machine(usual, data):
     stream += data.draw(st.sampled_from([b"", DONE, delta("stop")]))
     produced, error = play(machine, [stream])
     check_sound(produced, error, has_aggregates=b'"message"' in stream)
-    again, failed = play(machine, [stream[n : n + 1] for n in range(len(stream))])
-    assert (produced, error and error.message) == (again, failed and failed.message)
+    for make, way in (
+        (machine, [stream[n : n + 1] for n in range(len(stream))]),
+        (Unhurried, [stream]),
+    ):
+        again, failed = play(make, way)
+        assert (produced, error and error.message) == (again, failed and failed.message)
 
 
 # What is asked

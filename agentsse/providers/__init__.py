@@ -50,7 +50,7 @@ from agentsse.events import (
     encode_json,
     well_formed,
 )
-from agentsse.sse import Decoder, FrameTooLarge
+from agentsse.sse import Decoder, Frame, FrameTooLarge
 
 if TYPE_CHECKING:
     from agentsse.http import HttpClient, Response
@@ -524,6 +524,14 @@ class SseNormalizer:
         """Take one frame: its event's name and its JSON object; may raise `ProviderError`."""
         raise NotImplementedError
 
+    def take_text(self, frame: Frame) -> Iterable[AnyEvent] | None:  # noqa: ARG002
+        """Take one frame if it is nothing but more text, which nearly all are: the same, sooner.
+
+        Returns:
+            None for any other frame; `take` is given that.
+        """
+        return None
+
     def feed(self, chunk: bytes, /) -> Iterator[Produced]:
         """Take some bytes; see `Normalizer`."""
         try:
@@ -534,6 +542,9 @@ class SseNormalizer:
                 code="malformed",
             ) from error
         for frame in frames:
+            if (events := self.take_text(frame)) is not None:
+                yield from events
+                continue
             if frame.data.strip() == "[DONE]":
                 self.is_over = True
                 continue

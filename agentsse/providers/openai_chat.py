@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal, assert_never
 
 import attrs
+import msgspec
+from msgspec import Struct
 
 from agentsse.errors import BadRequest, ProviderError
 from agentsse.events import (
@@ -30,6 +32,7 @@ from agentsse.events import (
     decode_json,
     well_formed,
 )
+from agentsse.sse import Frame
 
 from . import (
     MAX_CALLS,
@@ -192,6 +195,37 @@ def _text(value: dict[str, Any]) -> str:
 # What is answered ---------------------------------------------------------------------------------
 
 
+class _TextDelta(Struct, gc=False):
+    content: str
+    role: str | None = None
+    reasoning_content: None = None
+    reasoning: None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+
+
+class _TextChoice(Struct, gc=False):
+    delta: _TextDelta
+    index: Literal[0] = 0
+    finish_reason: None = None
+    message: None = None
+    usage: None = None
+    error: None = None
+
+
+class _TextChunk(Struct, gc=False):
+    """A chunk in which all that `take` looks at is text; any other does not decode."""
+
+    choices: tuple[_TextChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    usage: None = None
+    error: None = None
+
+
+_text_chunks: Final = msgspec.json.Decoder(_TextChunk)
+
+
 @attrs.frozen
 class _Piece:
     """What a delta says of one tool call; empty where it says nothing."""
@@ -308,6 +342,16 @@ class OpenAIChatNormalizer(SseNormalizer):
     _has_reasoning_content: bool = attrs.field(default=False, init=False)
     # Whether anything in the frame at hand was not understood: then it is handed on as well.
     _is_strange: bool = attrs.field(default=False, init=False)
+
+    def take_text(self, frame: Frame) -> list[AnyEvent] | None:
+        """Take one chunk that holds text alone; see `SseNormalizer`."""
+        if self._speaking != "text" or frame.event == "error":
+            return None
+        try:
+            chunk = _text_chunks.decode(frame.data)
+        except (ValueError, RecursionError):  # the former also where UTF-8 cannot carry a string
+            return None
+        return self.said.delta("text", chunk.choices[0].delta.content)
 
     def take(self, name: str, value: dict[str, Any]) -> Iterator[AnyEvent]:
         """Take one chunk; see `SseNormalizer`."""
