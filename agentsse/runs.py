@@ -309,14 +309,7 @@ class Run:
 
     def report_crash(self, error: BaseException, where: str, /) -> None:
         """Write an error that clients do not get to see to the server's log."""
-        self.owner.report(
-            "crash",
-            run_id=self.id,
-            agent=self.agent.name,
-            where=where,
-            error=type(unwrapped(error)).__name__,
-            traceback=redact("".join(traceback.format_exception(error))),
-        )
+        _report_crash(self.owner.report, error, run_id=self.id, agent=self.agent.name, where=where)
 
     def limit_reached(self, what: str, /) -> None:
         """End the run: its log is as long as it may be."""
@@ -908,7 +901,7 @@ async def open_runs(
     On leaving, whatever still goes on is cancelled with the cause `shutdown` and joined.
     """
     async with trio.open_nursery() as services:
-        timer = Timer(functools.partial(_report_timer, contained(report)))
+        timer = Timer(functools.partial(_report_crash, contained(report), where="the timer"))
         services.start_soon(timer.run)
         async with trio.open_nursery() as supervisor:
             runs = Runs(
@@ -923,10 +916,13 @@ async def open_runs(
         services.cancel_scope.cancel()
 
 
-def _report_timer(report: Callable[..., None], error: Exception) -> None:
-    where = "the timer"
-    told = redact("".join(traceback.format_exception(error)))
-    report("crash", where=where, error=type(error).__name__, traceback=told)
+def _report_crash(report: Callable[..., object], error: BaseException, **facts: str) -> None:
+    report(
+        "crash",
+        **facts,
+        error=type(unwrapped(error)).__name__,
+        traceback=redact("".join(traceback.format_exception(error))),
+    )
 
 
 def _as_text(value: Raw) -> str:

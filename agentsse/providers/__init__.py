@@ -266,12 +266,14 @@ class Accumulator:
     outside of the call. Every method returns the events to hand on, in order.
 
     Attributes:
+        provider: Who says it, for errors.
         prefix: What ids begin with.
         reason: Why the model stopped, once it is known.
         usage: Tokens, as last told.
         echo: See `Finish`.
     """
 
+    provider: str
     prefix: str
     reason: FinishReason | None = None
     usage: Usage = attrs.field(factory=Usage)
@@ -281,6 +283,7 @@ class Accumulator:
     _call_ids: set[str] = attrs.field(factory=set)
     _numbers: dict[str, int] = attrs.field(factory=dict)  # the next one for an id that came before
     _parts: int = 0
+    _calls: int = 0
 
     @property
     def has_calls(self) -> bool:
@@ -363,7 +366,7 @@ class Accumulator:
                 events += self.finish(kind, key)
         return events
 
-    def close(self, provider: str) -> list[Produced]:
+    def close(self) -> list[Produced]:
         """The end of the stream: whatever is open is complete, and the call is finished.
 
         Raises:
@@ -371,7 +374,7 @@ class Accumulator:
         """
         if self.reason is None:
             raise ProviderError(
-                f"{provider}: expected the stream to say why the model stopped, got its end "
+                f"{self.provider}: expected the stream to say why the model stopped, got its end "
                 "before that: the connection was cut, or the server gave up",
                 code="incomplete",
             )
@@ -448,6 +451,12 @@ class Accumulator:
 
     def _begin(self, kind: PartKind, key: str) -> _Part:
         self._parts += 1
+        self._calls += kind == "tool_call"
+        if self._calls > MAX_CALLS:
+            raise ProviderError(
+                f"{self.provider}: expected at most {MAX_CALLS} tool calls in one answer, got more",
+                code="malformed",
+            )
         part = _Part(kind, f"{self.prefix}p{self._parts}", self._parts)
         self._open[kind, key] = part
         return part
@@ -518,7 +527,7 @@ class SseNormalizer:
     _decoder: Decoder = attrs.field(factory=lambda: Decoder(max_frame_bytes=MAX_FRAME), init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.said = Accumulator(self.prefix)
+        self.said = Accumulator(self.provider, self.prefix)
 
     def take(self, name: str, value: dict[str, Any]) -> Iterable[AnyEvent]:
         """Take one frame: its event's name and its JSON object; may raise `ProviderError`."""
@@ -559,7 +568,7 @@ class SseNormalizer:
     def close(self) -> Iterator[Produced]:
         """Take note of the end; a last frame that lacks only its blank line counts."""
         yield from self.feed(b"\n\n")
-        yield from self.said.close(self.provider)
+        yield from self.said.close()
 
     def unknown(self, value: Any) -> ProviderEvent:
         """Hand on what nobody here understands."""
@@ -631,6 +640,16 @@ def number(value: Any) -> int:
 def text_of(value: Any) -> str:
     """A string as a provider gives it; empty where it is none."""
     return value if isinstance(value, str) else ""
+
+
+def name_of(value: Any) -> str:
+    """A name or an id as a provider gives it, mended where it is broken: events carry it."""
+    return well_formed(text_of(value))
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """An object as a provider gives it; empty where it is none."""
+    return value if isinstance(value, dict) else {}
 
 
 # What goes wrong ----------------------------------------------------------------------------------
@@ -709,7 +728,7 @@ def upstream_error(
         status: Of the HTTP response, where it is one that says so.
         retry_after: See `ProviderError`; where it is None, the error object may say it.
     """
-    fields = error if isinstance(error, dict) else {}
+    fields = object_of(error)
     message = text_of(fields.get("message")) or text_of(error)
     if not message and error and "message" not in fields:
         message = bytes(encode_raw(error)).decode()
@@ -729,6 +748,16 @@ def upstream_error(
         code=_fault(status, [*names, _quotas(details)], message),
         retry_after=_retry_delay(details) if retry_after is None else retry_after,
     )
+
+
+def blanked(error: ProviderError, secrets: Iterable[str]) -> ProviderError:
+    """The same error without what must never be seen; itself where none of it is there."""
+    message = error.message
+    for secret in secrets:
+        message = message.replace(secret, "[redacted]")
+    if message == error.message:
+        return error
+    return ProviderError(message, code=error.code, retry_after=error.retry_after)
 
 
 def _fault(status: int | None, names: Sequence[str], message: str) -> Fault:
@@ -886,21 +915,18 @@ class HttpConnection:
                     raise _refusal(name, response, media_type, said)
                 yield response.chunks
         except ProviderError as error:
-            blanked = error.message if key is None else _blanked(error.message, key)
-            if blanked == error.message:
+            if (shown := blanked(error, () if key is None else _remains(key))) is error:
                 raise
-            raise ProviderError(blanked, code=error.code, retry_after=error.retry_after) from None
+            raise shown from None
 
     def normalizer(self, prefix: str, /) -> Normalizer:
         """Make a machine for one model call."""
         return self.provider.api.normalizer(prefix)
 
 
-def _blanked(text: str, key: str) -> str:
-    """A text without a key, and without what is left of one where the text was cut."""
-    for length in range(len(key), MIN_KEY - 1, -1):
-        text = text.replace(key[:length], "[redacted]")
-    return text.replace(key, "[redacted]")
+def _remains(key: str) -> list[str]:
+    """A key, and what may be left of it where a text was cut; the longest comes first."""
+    return [key, *(key[:length] for length in range(len(key) - 1, MIN_KEY - 1, -1))]
 
 
 def _refusal(name: str, response: "Response", media_type: str, body: bytes) -> ProviderError:

@@ -25,10 +25,8 @@ from typing import Any, ClassVar, Final, TypeAlias, assert_never
 
 import attrs
 
-from agentsse.errors import ProviderError
-from agentsse.events import AnyEvent, FinishReason, PartFinished, Usage, well_formed
+from agentsse.events import AnyEvent, FinishReason, PartFinished, Usage
 from agentsse.providers import (
-    MAX_CALLS,
     AssistantMessage,
     Echo,
     HttpRequest,
@@ -42,7 +40,9 @@ from agentsse.providers import (
     UserMessage,
     decode_foreign,
     encode_raw,
+    name_of,
     number,
+    object_of,
     text_of,
     upstream_error,
 )
@@ -211,7 +211,7 @@ class _Block:
 
     @property
     def type(self) -> str:
-        return _name(self.value["type"])
+        return name_of(self.value["type"])
 
 
 @attrs.define(eq=False)
@@ -223,7 +223,6 @@ class AnthropicNormalizer(SseNormalizer):
     _blocks: list[_Block] = attrs.field(factory=list, init=False)  # all, in order
     _open: dict[str, _Block] = attrs.field(factory=dict, init=False)
     _tokens: dict[str, int] = attrs.field(factory=dict, init=False)
-    _calls: int = attrs.field(default=0, init=False)
 
     def take(self, name: str, value: _Json) -> list[AnyEvent]:
         """Take one frame.
@@ -240,7 +239,7 @@ class AnthropicNormalizer(SseNormalizer):
             case "content_block_stop":
                 return self._stop(_key(value))
             case "message_start":
-                self._count(_object(value.get("message")).get("usage"))
+                self._count(object_of(value.get("message")).get("usage"))
             case "message_delta":
                 self._count(value.get("usage"))
                 return self._stopped(value)
@@ -271,8 +270,8 @@ class AnthropicNormalizer(SseNormalizer):
     def _start(self, frame: _Json) -> list[AnyEvent]:
         key = _key(frame)
         events = self._stop(key)  # of one that never did, and had the same index
-        value = _object(frame.get("content_block"))
-        if not _name(value.get("type")):
+        value = object_of(frame.get("content_block"))
+        if not name_of(value.get("type")):
             return [*events, self.unknown(frame)]
         block = self._begin(key, value)
         match block.type:
@@ -284,8 +283,8 @@ class AnthropicNormalizer(SseNormalizer):
                 given = value.get("input")
                 events += self.said.start_call(
                     key,
-                    name=_name(value.get("name")),
-                    call_id=_short(_name(value.get("id"))),
+                    name=name_of(value.get("name")),
+                    call_id=_short(name_of(value.get("id"))),
                     arguments="" if given is None else bytes(encode_raw(given)).decode(),
                 )
             case "redacted_thinking" | "server_tool_use" | "mcp_tool_use":
@@ -330,12 +329,6 @@ class AnthropicNormalizer(SseNormalizer):
     def _begin(self, key: str, value: Mapping[str, Any]) -> _Block:
         block = self._open[key] = _Block(key, len(self._blocks) + 1, dict(value))
         self._blocks.append(block)
-        self._calls += block.type == "tool_use"
-        if self._calls > MAX_CALLS:
-            raise ProviderError(
-                f"{KIND}: expected at most {MAX_CALLS} tool calls in one answer, got more",
-                code="malformed",
-            )
         return block
 
     def _stop(self, key: str) -> list[AnyEvent]:
@@ -369,17 +362,17 @@ class AnthropicNormalizer(SseNormalizer):
         value, written = block.value, "".join(block.arguments)
         given = decode_foreign(written) if written else value.get("input") or {}
         value |= {
-            "id": _name(value.get("id")) or self._made_id(block),
-            "name": _name(value.get("name")) or "unnamed",
+            "id": name_of(value.get("id")) or self._made_id(block),
+            "name": name_of(value.get("name")) or "unnamed",
             "input": given if isinstance(given, dict) else {"_raw": given},
         }
         return self.said.tool_started(value["id"], value["name"], given)
 
     def _tool_finished(self, block: _Block) -> list[AnyEvent]:
         kind, content = block.type, block.value.get("content")
-        failed = text_of(_object(content).get("type")).endswith("_error")
+        failed = text_of(object_of(content).get("type")).endswith("_error")
         return self.said.tool_finished(
-            _name(block.value.get("tool_use_id")) or self._made_id(block),
+            name_of(block.value.get("tool_use_id")) or self._made_id(block),
             kind.removesuffix("_tool_result"),
             content,
             is_error=failed or block.value.get("is_error") is True,
@@ -393,7 +386,7 @@ class AnthropicNormalizer(SseNormalizer):
 
     def _stopped(self, frame: _Json) -> list[AnyEvent]:
         """Why the model stopped; what explains it, as with a refusal, is handed on."""
-        delta = _object(frame.get("delta"))
+        delta = object_of(frame.get("delta"))
         reason = text_of(delta.get("stop_reason")) or text_of(frame.get("stop_reason"))
         if reason:
             self.said.reason = _REASONS.get(reason, "other")
@@ -401,8 +394,8 @@ class AnthropicNormalizer(SseNormalizer):
 
     def _count(self, usage: Any) -> None:
         """Take the tokens as told last: counts are cumulative, and what is missing stands."""
-        told = _object(usage)
-        told = _object(told.get("output_tokens_details")) | told
+        told = object_of(usage)
+        told = object_of(told.get("output_tokens_details")) | told
         for name in (*_COUNTED, "thinking_tokens"):
             self._tokens[name] = max(self._tokens.get(name, 0), number(told.get(name)))
         fresh, written, read, output = (self._tokens[name] for name in _COUNTED)
@@ -417,12 +410,3 @@ class AnthropicNormalizer(SseNormalizer):
 
 def _key(frame: _Json) -> str:
     return str(number(frame.get("index")))
-
-
-def _object(value: Any) -> _Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _name(value: Any) -> str:
-    """A name or an id, as it may stand in an event."""
-    return well_formed(text_of(value))

@@ -52,6 +52,7 @@ from agentsse.process import CannotStart, Process, open_process, open_service_nu
 from . import (
     MAX_FRAME,
     MAX_QUOTED,
+    MIN_KEY,
     Accumulator,
     AssistantMessage,
     Caller,
@@ -61,9 +62,11 @@ from . import (
     SystemMessage,
     ToolMessage,
     UserMessage,
+    blanked,
     decode_foreign,
     encode_raw,
     number,
+    object_of,
     text_of,
     upstream_error,
 )
@@ -202,7 +205,7 @@ class CodexNormalizer:
     _hidden: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.said = Accumulator(self.prefix)
+        self.said = Accumulator(self.provider, self.prefix)
 
     def feed(self, message: Any, /) -> Iterator[Produced]:
         """Take one message; see `Normalizer`."""
@@ -233,7 +236,7 @@ class CodexNormalizer:
         """Take note of the end; see `Normalizer`."""
         for key in self._thoughts:
             yield from self._end_thought(key)
-        yield from self.said.close(self.provider)
+        yield from self.said.close()
 
     # Items
 
@@ -404,7 +407,7 @@ def _opened(message: Any) -> tuple[str, _Json]:
             params = message
         case _:
             return "", {}
-    return method, params if isinstance(params, dict) else {}
+    return method, object_of(params)
 
 
 def _snake(name: str) -> str:
@@ -420,8 +423,7 @@ def _get(fields: Any, name: str) -> Any:
 
 
 def _object(fields: Any, name: str) -> _Json:
-    value = _get(fields, name)
-    return value if isinstance(value, dict) else {}
+    return object_of(_get(fields, name))
 
 
 def _text(fields: Any, name: str) -> str:
@@ -799,7 +801,7 @@ class _Server:
         if in_turn:
             self.caller.lull()
             if trio.current_time() < self._not_before:
-                await trio.sleep_until(self._not_before)
+                await self.caller.sleep_until(self._not_before)
         data = await self.process.stdout.receive_some(READ)
         if len(data) < READ:  # else there is more already
             self._not_before = trio.current_time() + self.caller.window
@@ -1038,13 +1040,11 @@ class CodexConnection:
             turn = await self._begin(server, prompt)
             yield turn
         except ProviderError as error:
-            message = error.message
-            for value in (self.provider.env or {}).values():
-                if len(value) >= 8:  # shorter ones are no secrets, and would be found everywhere
-                    message = message.replace(value, "[redacted]")
-            if message == error.message:
+            # Shorter values are no secrets, and would be found everywhere.
+            given = (self.provider.env or {}).values()
+            if (shown := blanked(error, [v for v in given if len(v) >= MIN_KEY])) is error:
                 raise
-            raise ProviderError(message, code=error.code, retry_after=error.retry_after) from None
+            raise shown from None
         finally:
             with trio.CancelScope(shield=True):  # bounded: INTERRUPT, and the end of a process
                 await self._leave(server, turn, prompt)

@@ -54,7 +54,7 @@ from . import (
     UserMessage,
     decode_foreign,
     encode_raw,
-    text_of,
+    name_of,
 )
 
 MAX_BODY: Final = 1024 * 1024  # characters of a call; a whole file may be an argument
@@ -234,7 +234,7 @@ def _calls(value: dict[str, Any], *, is_code: bool) -> list[_Call]:
         arguments = decode_foreign(given or "{}") if isinstance(given, str) else given
         if not isinstance(arguments, dict):
             return []
-        return [_Call(well_formed(name), _json(arguments), well_formed(text_of(value.get("id"))))]
+        return [_Call(well_formed(name), _json(arguments), name_of(value.get("id")))]
     if is_code and all(key and isinstance(item, dict) for key, item in value.items()):
         return [_Call(well_formed(key), _json(item)) for key, item in value.items()]
     return []

@@ -40,6 +40,7 @@ from . import (
     UserMessage,
     decode_foreign,
     encode_raw,
+    name_of,
     number,
     text_of,
     upstream_error,
@@ -337,9 +338,7 @@ class GeminiNormalizer(SseNormalizer):
     def _function_call(self, call: dict[str, Any]) -> Iterator[AnyEvent]:
         self._calls += 1
         key, arguments = str(self._calls), call.get("args")
-        yield from self.said.start_call(
-            key, name=well_formed(text_of(call.get("name"))), call_id=_id_of(call)
-        )
+        yield from self.said.start_call(key, name=name_of(call.get("name")), call_id=_id_of(call))
         raw = encode_raw({} if arguments is None else arguments)
         yield from self.said.finish_call(key, arguments=bytes(raw).decode())
 
@@ -357,7 +356,7 @@ class GeminiNormalizer(SseNormalizer):
 
 
 def _id_of(value: dict[str, Any]) -> str:
-    return well_formed(text_of(value.get("id")))
+    return name_of(value.get("id"))
 
 
 def _error_of(value: Any) -> Any:

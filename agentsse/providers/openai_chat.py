@@ -22,7 +22,7 @@ import attrs
 import msgspec
 from msgspec import Struct
 
-from agentsse.errors import BadRequest, ProviderError
+from agentsse.errors import BadRequest
 from agentsse.events import (
     AnyEvent,
     FinishReason,
@@ -35,7 +35,6 @@ from agentsse.events import (
 from agentsse.sse import Frame
 
 from . import (
-    MAX_CALLS,
     AssistantMessage,
     Echo,
     HttpRequest,
@@ -49,6 +48,7 @@ from . import (
     UserMessage,
     encode_raw,
     number,
+    object_of,
     text_of,
     upstream_error,
 )
@@ -441,9 +441,8 @@ class OpenAIChatNormalizer(SseNormalizer):
             self._is_strange = True
         if not isinstance(usage, dict):
             return
-        given, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
-        given = given if isinstance(given, dict) else {}
-        made = made if isinstance(made, dict) else {}
+        given = object_of(usage.get("prompt_tokens_details"))
+        made = object_of(usage.get("completion_tokens_details"))
         counted = Usage(
             input_tokens=number(usage.get("prompt_tokens")),
             output_tokens=number(usage.get("completion_tokens")),
@@ -575,11 +574,6 @@ class OpenAIChatNormalizer(SseNormalizer):
             yield from self.said.call_delta(call.key, piece.arguments)
 
     def _begin(self, piece: _Piece) -> _Call:
-        if self._begun == MAX_CALLS:
-            raise ProviderError(
-                f"{self.provider}: expected at most {MAX_CALLS} tool calls in an answer, got more",
-                code="malformed",
-            )
         call = _Call(str(self._begun), piece.index)
         self._begun += 1
         self._last[None, ""] = self._last[call.index, ""] = call

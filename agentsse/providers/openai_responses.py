@@ -33,7 +33,6 @@ from agentsse.events import (
 )
 
 from . import (
-    MAX_CALLS,
     AssistantMessage,
     Echo,
     HttpRequest,
@@ -45,7 +44,9 @@ from . import (
     UserMessage,
     decode_foreign,
     encode_raw,
+    name_of,
     number,
+    object_of,
     text_of,
     upstream_error,
 )
@@ -263,7 +264,6 @@ class OpenAIResponsesNormalizer(SseNormalizer):
     _items: list[_Item] = attrs.field(factory=list, init=False)
     _known: dict[tuple[str, str | int], _Item] = attrs.field(factory=dict, init=False)
     _last: dict[str, _Item] = attrs.field(factory=dict, init=False)
-    _calls: int = attrs.field(default=0, init=False)
 
     def take(self, name: str, value: dict[str, Any]) -> Iterator[AnyEvent]:
         """Take one event of the API; see `SseNormalizer`."""
@@ -272,7 +272,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         if name == "error" or (value.get("error") and not type_):
             raise _failure(value)
         if name == "response.failed":
-            raise upstream_error(KIND, _object(value.get("response")).get("error"))
+            raise upstream_error(KIND, object_of(value.get("response")).get("error"))
         if name in _PINGS:
             return
         if self.said.reason is not None:  # what comes after the end changes nothing
@@ -284,7 +284,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
             return
         match name:
             case "response.completed" | "response.incomplete":
-                yield from self._end(name, _object(value.get("response")))
+                yield from self._end(name, object_of(value.get("response")))
             case "response.output_item.added":
                 yield from self._begin_item(value)
             case "response.output_item.done":
@@ -331,7 +331,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         return events
 
     def _end_part(self, value: dict[str, Any]) -> Iterator[AnyEvent]:
-        part = _object(value.get("part"))
+        part = object_of(value.get("part"))
         text = _PARTS.get(text_of(part.get("type")))
         item = self._find(value, "message" if text is None else text.item, is_whole=True)
         if text is None:
@@ -356,9 +356,9 @@ class OpenAIResponsesNormalizer(SseNormalizer):
             parts = [{"type": "output_text", "text": parts}]
         for number_, part in enumerate(parts if isinstance(parts, list) else []):
             where = f".{index}.{number_}"
-            text = _PARTS.get(text_of(_object(part).get("type")))
+            text = _PARTS.get(text_of(object_of(part).get("type")))
             if text is not None and text.item == item.type:
-                yield from self._take_part(item, text, where, _object(part))
+                yield from self._take_part(item, text, where, object_of(part))
             elif where not in item.annotations:  # no text of the model's: handed on, once
                 item.annotations[where] = 0
                 yield self.unknown(part)
@@ -387,8 +387,8 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         """What an event, or an item, says of a call that is not complete."""
         if item.call is not None:
             return []
-        item.name = item.name or _name(fields.get("name"))
-        item.call_id = item.call_id or _name(fields.get("call_id"))
+        item.name = item.name or name_of(fields.get("name"))
+        item.call_id = item.call_id or name_of(fields.get("call_id"))
         return self.said.start_call(
             item.key, name=item.name, call_id=item.call_id, arguments=arguments
         )
@@ -414,7 +414,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
                 item.pieces.append(piece)
             else:
                 item.pieces = [piece]
-                item.name = item.name or _name(value.get("name"))
+                item.name = item.name or name_of(value.get("name"))
                 if item.name or item.source != "mcp":
                     yield from self._show_tool(item)
         elif (found := _TOOL_STATUS.fullmatch(name)) and _is_tool(found[1]):
@@ -437,7 +437,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
 
     def _learn_tool(self, item: _Item, fields: dict[str, Any]) -> None:
         """What an item says of a tool before it has run."""
-        item.name = item.name or _name(fields.get("name"))
+        item.name = item.name or name_of(fields.get("name"))
         for field in ("arguments", "action", "queries", "code", "revised_prompt"):
             found = fields.get(field)
             if isinstance(found, str) and field == "arguments":
@@ -470,11 +470,11 @@ class OpenAIResponsesNormalizer(SseNormalizer):
     # Items
 
     def _begin_item(self, value: dict[str, Any]) -> list[AnyEvent]:
-        fields = _object(value.get("item"))
-        type_ = _name(fields.get("type"))
+        fields = object_of(value.get("item"))
+        type_ = name_of(fields.get("type"))
         if not type_:
             return [self.unknown(value)]
-        item = self._known.get((type_, _name(fields.get("id"))))
+        item = self._known.get((type_, name_of(fields.get("id"))))
         if item is None:
             item = self._new(type_, _names(fields), _index(value))
         item.was_added = True
@@ -485,15 +485,15 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         return []
 
     def _end_item(self, value: dict[str, Any]) -> Iterator[AnyEvent]:
-        fields = _object(value.get("item"))
-        type_ = _name(fields.get("type"))
+        fields = object_of(value.get("item"))
+        type_ = name_of(fields.get("type"))
         if not type_:
             yield self.unknown(value)
             return
-        own, index = _name(fields.get("id")), _index(value)
+        own, index = name_of(fields.get("id")), _index(value)
         item = self._known.get((type_, own)) or self._at(type_, index, is_named=bool(own))
         if item is None:
-            item = self._known.get((type_, _name(fields.get("call_id"))))
+            item = self._known.get((type_, name_of(fields.get("call_id"))))
         if item is None and (last := self._last.get(type_)) is not None:
             item = last if last.is_nameless and last.whole is None else None
         if item is None:
@@ -536,7 +536,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
 
     def _take_output(self, item: _Item, fields: dict[str, Any], raw: Any) -> Iterator[AnyEvent]:
         """An item of a type that is none of ours: the output of a tool, or unknown."""
-        type_, call_id = item.type.removesuffix("_output"), _name(fields.get("call_id"))
+        type_, call_id = item.type.removesuffix("_output"), name_of(fields.get("call_id"))
         tool = self._known.get((type_, call_id))
         if tool is None or not tool.is_tool or tool.is_over:
             yield self.unknown(raw)
@@ -570,13 +570,6 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         return item if is_it else None
 
     def _new(self, type_: str, names: list[str], index: int | None) -> _Item:
-        if type_ == "function_call":
-            self._calls += 1
-            if self._calls > MAX_CALLS:
-                raise ProviderError(
-                    f"{KIND}: expected at most {MAX_CALLS} tool calls in one answer, got more",
-                    code="malformed",
-                )
         place = len(self._items)
         item = _Item(
             type_,
@@ -625,7 +618,7 @@ class OpenAIResponsesNormalizer(SseNormalizer):
         items = [
             fields
             for fields in (output if isinstance(output, list) else [])
-            if isinstance(fields, dict) and _name(fields.get("type"))
+            if isinstance(fields, dict) and name_of(fields.get("type"))
         ]
         for index, (item, fields) in enumerate(list(self._matched(items))):
             item.index = index
@@ -636,8 +629,8 @@ class OpenAIResponsesNormalizer(SseNormalizer):
             if item.is_tool and not item.is_over:
                 yield from self._end_tool(item, None, is_error=is_cut, shown=item.arguments)
         yield from self.said.finish_all()
-        details = _object(response.get("incomplete_details"))
-        self.said.usage = _usage(_object(response.get("usage")))
+        details = object_of(response.get("incomplete_details"))
+        self.said.usage = _usage(object_of(response.get("usage")))
         self.said.echo = self._echo()
         cause = text_of(details.get("reason"))
         self.said.reason = _CUT_SHORT.get(cause, "other") if is_cut else "stop"
@@ -668,15 +661,6 @@ def _is_tool(type_: str) -> bool:
     return type_.endswith("_call") and type_ not in _NOT_RUN_THERE
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _name(value: Any) -> str:
-    """An id, a name or a type; text that is broken is mended, since events carry it."""
-    return well_formed(text_of(value))
-
-
 def _arguments(fields: dict[str, Any]) -> str:
     """The arguments of a call, as text: some servers give an object."""
     found = fields.get("arguments")
@@ -685,7 +669,7 @@ def _arguments(fields: dict[str, Any]) -> str:
 
 def _names(value: dict[str, Any]) -> list[str]:
     """The ids that an event, or an item, gives for an item."""
-    names = (_name(value.get(field)) for field in ("item_id", "id", "call_id"))
+    names = (name_of(value.get(field)) for field in ("item_id", "id", "call_id"))
     return [name for name in names if name]
 
 
@@ -707,8 +691,8 @@ def _result(fields: dict[str, Any]) -> Any:
 
 
 def _usage(fields: dict[str, Any]) -> Usage:
-    given = _object(fields.get("input_tokens_details"))
-    made = _object(fields.get("output_tokens_details"))
+    given = object_of(fields.get("input_tokens_details"))
+    made = object_of(fields.get("output_tokens_details"))
     return Usage(
         input_tokens=number(fields.get("input_tokens")),
         output_tokens=number(fields.get("output_tokens")),
