@@ -13,7 +13,7 @@ import agentsse
 
 PACKAGE = Path(agentsse.__file__).parent
 
-VALUES = ("events", "sse", "errors")
+VALUES = ("markdown", "events", "sse", "errors")
 OUTBOUND = ("http", "process")
 FAMILIES = ("providers", "dialects", "stores", "tools")
 ENGINE = ("runs", "agents", "models", "context", "log")
