@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .agents import Agent as Agent, agent as agent
     from .context import (
         RunContext as RunContext,
+        ask_user as ask_user,
         current_run as current_run,
         emit as emit,
     )
     from .errors import AgentError as AgentError, ToolError as ToolError
     from .events import Option as Option, Question as Question
+    from .flows import FlowStep as FlowStep, flow as flow
     from .server import make_provider as make_provider
     from .tools import (
         Tool as Tool,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Agent": "agentsse.agents",
     "AgentError": "agentsse.errors",
+    "FlowStep": "agentsse.flows",
     "Option": "agentsse.events",
     "Question": "agentsse.events",
     "RunContext": "agentsse.context",
@@ -36,8 +39,10 @@ _HOMES = {
     "ToolError": "agentsse.errors",
     "Toolset": "agentsse.tools",
     "agent": "agentsse.agents",
+    "ask_user": "agentsse.context",
     "current_run": "agentsse.context",
     "emit": "agentsse.context",
+    "flow": "agentsse.flows",
     "is_cancelled": "agentsse.tools",
     "make_provider": "agentsse.server",
     "run_program": "agentsse.tools",

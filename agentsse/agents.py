@@ -98,11 +98,8 @@ class Agent:
     @property
     def wanted_providers(self) -> frozenset[str]:
         """The names of the providers that the server must know for it."""
-        if not isinstance(self.function, ModelLoop):
-            return frozenset()
-        names = [model.partition(":")[0] for model in self.function.models]
-        own = set() if self.function.provider is None else {names[0]}
-        return frozenset(names) - own
+        wanted: frozenset[str] = getattr(self.function, "wanted_providers", frozenset())
+        return wanted
 
     async def __call__(self, run: "RunContext", input: Any) -> Any:
         """Call the function itself, in the caller's run."""

@@ -4,16 +4,16 @@ Knows: requests, responses, streams, and what each intent of a dialect means for
 only importer of quart and quart_trio. Must never name a dialect, nor know how bytes reach the
 socket: a stream writes to the connection's `Wire`.
 
-A request holds at most one run, by a `Lease`. It takes hold in the same sync step that starts or
-finds the run, and lets go in the `finally` of the connection's call, wherever that is left from:
-so a client that vanishes between two steps is seen to leave like any other.
+A request holds at most one run, or one feed, by a `Lease`. It takes hold in the same sync step that
+starts or finds it, and lets go in the `finally` of the connection's call, wherever that is left
+from: so a client that vanishes between two steps is seen to leave like any other.
 """
 
 import random
 import re
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, assert_never
@@ -30,38 +30,58 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTo
 from .dialects import (
     Answer,
     Cancel,
+    CloseThread,
     Dialect,
+    DropTrigger,
+    Framing,
     Intent,
     ListAgents,
     ListRuns,
+    ListThreads,
+    OpenThread,
+    Pause,
+    Reply,
     Request,
     Route,
+    RunReply,
+    SetTrigger,
     Show,
+    ShowThread,
     Start,
+    Tell,
+    ThreadReply,
     Watch,
+    WatchFeed,
     problem_json,
+    problem_reply,
 )
 from .errors import (
     AgentsseError,
     BadRequest,
     ConfigError,
-    Conflict,
     Forbidden,
     Misdirected,
     NotAllowed,
+    NotAsked,
     NotFound,
     Overloaded,
     TooLarge,
     redact,
 )
-from .events import Problem
+from .events import InputRequested, Problem, encode_event
+from .feed import NOW, FeedReader
 from .listener import Counts, SlowClient
 from .log import MAX_WRITE, START, CloseReason, Position, Reader
-from .runs import TEARDOWN_BUCKETS, Run, Runs
+from .runs import TEARDOWN_BUCKETS, Run, Runs, Thread
+from .sse import id_only
+from .threads import Threads
 
+MAX_LISTED = 1_000  # threads in one answer
 RETRY_AFTER_ROTATION = (500, 3_000)  # milliseconds; spread, or all come back at once
 _LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+LIVE, READY, METRICS = "/health/live", "/health/ready", "/metrics"
 
 STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
@@ -102,23 +122,41 @@ class _Wire(Protocol):
     async def write(self, data: bytes | memoryview, /) -> None: ...
 
 
+def _let_nothing_go(_reason: CloseReason) -> None:
+    """Hold nothing."""
+
+
 @attrs.define(eq=False)
 class Lease:
-    """What a request holds of a run, and how its end is told.
+    """What a request holds of a run or of a feed, and how its end is told.
 
     Attributes:
         reason: Why it ended; the first one stands.
     """
 
     run: Run | None = None
-    reader: Reader | None = None
+    reader: Reader | FeedReader | None = None
     reason: CloseReason | None = None
+    _let_go: Callable[[CloseReason], object] = _let_nothing_go
 
     def take(self, run: Run, reader: Reader | None = None) -> None:
         """Hold a run, by the reader that was attached to it or just by waiting for it."""
         self.run, self.reader = run, reader
         if reader is None:
             run.hold(self)
+            self._let_go = partial(run.release, self)
+        else:
+            self._let_go = partial(run.detach, reader)
+
+    def take_feed(self, reader: FeedReader, let_go: Callable[[], object]) -> None:
+        """Hold a feed's reader, and call `let_go` once it is detached."""
+        self.reader = reader
+
+        def detach(_reason: CloseReason) -> None:
+            reader.feed.detach(reader)
+            let_go()
+
+        self._let_go = detach
 
     def end(self, reason: CloseReason) -> None:
         """Note why the request is done with the run."""
@@ -127,15 +165,13 @@ class Lease:
     def release(self, otherwise: CloseReason) -> CloseReason:
         """Let go; returns why, which is `otherwise` where nobody has said."""
         self.reason = self.reason or otherwise
-        if self.run is not None and self.reader is not None:
-            self.run.detach(self.reader, self.reason)
-        elif self.run is not None:
-            self.run.release(self, self.reason)
+        let_go, self._let_go = self._let_go, _let_nothing_go  # it refers to this lease
+        let_go(self.reason)
         return self.reason
 
 
 class EventStream(ResponseBody):
-    """A run's frames, written to the wire as they come.
+    """The frames of a run or a feed, written to the wire as they come.
 
     Quart starts the response and ends it; everything between goes straight to the connection, in
     one write per wake-up. It yields nothing to Quart.
@@ -145,16 +181,16 @@ class EventStream(ResponseBody):
         self,
         *,
         lease: Lease,
+        runs: Runs,
         wire: _Wire,
-        dialect: Dialect,
+        framing: Framing,
         options: AppOptions,
         counts: StreamCounts,
         rotates: bool,
     ) -> None:
-        assert lease.run is not None
         assert lease.reader is not None
-        self._run, self._reader, self._lease = lease.run, lease.reader, lease
-        self._wire, self._dialect, self._options, self._counts = wire, dialect, options, counts
+        self._runs, self._reader, self._lease = runs, lease.reader, lease
+        self._wire, self._framing, self._options, self._counts = wire, framing, options, counts
         self._rotates = rotates
         self._written_at = trio.current_time()
 
@@ -166,8 +202,8 @@ class EventStream(ResponseBody):
         return self
 
     async def __anext__(self) -> bytes:
-        timer, now = self._run.owner.timer, trio.current_time()
-        if self._dialect.heartbeat is not None:
+        timer, now = self._runs.timer, trio.current_time()
+        if self._framing.heartbeat is not None:
             self._beat = timer.call_at(now + self._options.heartbeat, self._see_silence)
         rotation = None
         if self._rotates and self._options.rotation:
@@ -180,7 +216,7 @@ class EventStream(ResponseBody):
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._lease.end("client_left")
         finally:
-            if self._dialect.heartbeat is not None:
+            if self._framing.heartbeat is not None:
                 self._beat.cancel()
             if rotation is not None:
                 rotation.cancel()
@@ -196,11 +232,11 @@ class EventStream(ResponseBody):
 
     async def _pour(self) -> None:
         reader = self._reader
-        await self._write(self._dialect.prelude)
+        await self._write(self._framing.prelude)
         while True:
             if reader.closing is not None:
                 milliseconds = random.randint(*RETRY_AFTER_ROTATION)  # noqa: S311  # to spread load
-                await self._write(self._dialect.farewell(milliseconds))
+                await self._write(self._framing.farewell(milliseconds))
                 self._lease.end(reader.closing)
                 return
             if frames := reader.take():
@@ -214,7 +250,7 @@ class EventStream(ResponseBody):
                 await reader.wait()
                 if reader.beat:
                     reader.beat = False
-                    await self._write(self._dialect.heartbeat or b"")
+                    await self._write(self._framing.heartbeat or b"")
 
     async def _write(self, frames: bytes) -> None:
         whole = memoryview(frames)  # of a large frame each slice has its time, and none is copied
@@ -224,7 +260,7 @@ class EventStream(ResponseBody):
         self._counts.bytes += len(frames)
 
     def _rotate(self) -> None:
-        if not self._run.owner.is_closing:  # else there is nowhere to come back to
+        if not self._runs.is_closing:  # else there is nowhere to come back to
             self._reader.close("rotated")
 
     def _see_silence(self) -> None:
@@ -233,7 +269,7 @@ class EventStream(ResponseBody):
         if due <= now:
             self._reader.ring_for_silence()
             due = now + silence
-        self._beat = self._run.owner.timer.call_at(due, self._see_silence)
+        self._beat = self._runs.timer.call_at(due, self._see_silence)
 
 
 @attrs.frozen
@@ -324,7 +360,8 @@ class Connection(TrioASGIHTTPConnection):
             path=_path_of(scope["raw_path"]),
             status=self.status if self.status is not None else 499,
             seconds=round(trio.current_time() - started, 6),
-            **({"run_id": lease.run.id, "closed": lease.reason} if lease.run is not None else {}),
+            **({} if lease.run is None else {"run_id": lease.run.id}),
+            **({} if lease.run is None and lease.reader is None else {"closed": lease.reason}),
         )
 
 
@@ -334,6 +371,29 @@ async def _refuse(send: Callable[[Any], Awaitable[None]], message: str) -> None:
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def claim_paths(dialects: Iterable[Dialect]) -> list[tuple[str, Dialect, Route]]:
+    """Where each route of each dialect is.
+
+    Raises:
+        ConfigError: Two of them claim one path, or one what operators ask for.
+    """
+    owners = {("GET", path): "the server itself" for path in (LIVE, READY, METRICS)}
+    claimed = []
+    for dialect in dialects:
+        for route in dialect.routes:
+            path = route.path if route.is_rooted else dialect.mount.rstrip("/") + route.path
+            pattern = "/".join("<>" if each.startswith("<") else each for each in path.split("/"))
+            owner = owners.setdefault((route.method, pattern), dialect.name)
+            if owner != dialect.name:
+                raise ConfigError(
+                    f"expected one dialect for {route.method} {path}, got {owner!r} and "
+                    f"{dialect.name!r}: give one of them another mount, in "
+                    f"[dialects.{dialect.name}]"
+                )
+            claimed.append((path, dialect, route))
+    return claimed
 
 
 class AgentsseApp(QuartTrio):
@@ -359,36 +419,27 @@ class AgentsseApp(QuartTrio):
         connections: Counts,
     ) -> None:
         super().__init__("agentsse", static_folder=None)
-        self.runs, self.options, self.report = runs, options, report
+        self.url_map.merge_slashes = False  # `/threads//messages` is no thread named "messages"
+        self.runs, self.threads = runs, Threads(runs)
+        self.options, self.report = options, report
         self.streams, self.connections = StreamCounts(), connections
         self.dialects = {dialect.name: dialect for dialect in dialects}
+        self._speakers: dict[str, Dialect] = {}  # by endpoint
         self.config["MAX_CONTENT_LENGTH"] = options.max_body
         self.before_request(self._guard)
         self.after_request(self._allow_origin)
         self.register_error_handler(Exception, self._answer_error)
         views = {
-            "/health/live": self._live,
-            "/health/ready": self._ready,
-            "/metrics": self._metrics,
+            LIVE: self._live,
+            READY: self._ready,
+            METRICS: self._metrics,
         }
         for path, view in views.items():
             self.add_url_rule(path, path, view, methods=["GET"])
-        claims = {("GET", path): "the server itself" for path in views}
-        for dialect in dialects:
-            for route in dialect.routes:
-                self._claim(claims, dialect, route)
-
-    def _claim(self, claims: dict[tuple[str, str], str], dialect: Dialect, route: Route) -> None:
-        path = dialect.mount.rstrip("/") + route.path
-        pattern = "/".join("<>" if piece.startswith("<") else piece for piece in path.split("/"))
-        other = claims.setdefault((route.method, pattern), dialect.name)
-        if other != dialect.name:
-            raise ConfigError(
-                f"expected one dialect for {route.method} {path}, got {other!r} and "
-                f"{dialect.name!r}: give one of them another mount, in [dialects.{dialect.name}]"
-            )
-        view = partial(self._view, dialect, route)
-        self.add_url_rule(path, f"{route.method} {path}", view, methods=[route.method])
+        for path, dialect, route in claim_paths(dialects):
+            view, endpoint = partial(self._view, dialect, route), f"{route.method} {path}"
+            self._speakers[endpoint] = dialect
+            self.add_url_rule(path, endpoint, view, methods=[route.method])
 
     # One request
 
@@ -396,7 +447,7 @@ class AgentsseApp(QuartTrio):
         try:
             return await self._act(dialect, await self._decode(route, parameters))
         except AgentsseError as error:
-            return _error(error, dialect.problem, dialect.problem_type)
+            return _error(error, dialect)
 
     async def _decode(self, route: Route, parameters: Mapping[str, str]) -> Intent:
         try:
@@ -421,39 +472,106 @@ class AgentsseApp(QuartTrio):
                 return await self._start(dialect, intent)
             case Watch():
                 return self._watch(dialect, intent)
+            case WatchFeed():
+                return self._watch_feed(dialect, intent)
             case Cancel():
                 return await self._cancel(dialect, intent)
             case Answer():
                 return self._answer(dialect, intent)
+            case Tell():
+                return self._tell(dialect, intent)
+            case Pause():
+                run = self._find(intent.run_id, intent.thread_id)
+                if intent.resume:
+                    run.resume()
+                else:
+                    run.pause(intent.reason)
+                return _shown(dialect, run, intent.reply, brief=True)
             case Show():
-                return _json(dialect.present(self.runs.find(intent.run_id).snapshot()))
+                return _shown(dialect, self.runs.find(intent.run_id), intent.reply)
             case ListRuns():
                 return await self._list_runs(dialect, intent)
             case ListAgents():
                 return self._list_agents()
+            case ListThreads():
+                return await self._list_threads(dialect, intent)
+            case OpenThread():
+                thread = self.threads.open(intent, default=dialect.agent)
+                return self._shown_thread(dialect, thread, intent.reply, status=201)
+            case ShowThread():
+                thread = self.threads.find(intent.thread_id)
+                return self._shown_thread(dialect, thread, intent.reply)
+            case CloseThread():
+                thread = self.threads.find(intent.thread_id)
+                with trio.move_on_after(self.options.cancel_patience) as scope:
+                    await self.threads.close(intent.thread_id)
+                status = 202 if scope.cancelled_caught else 200
+                return self._shown_thread(dialect, thread, intent.reply, status=status)
+            case SetTrigger():
+                thread = self.threads.set_trigger(intent)
+                return self._shown_thread(dialect, thread, intent.reply)
+            case DropTrigger():
+                thread = self.threads.drop_trigger(intent.thread_id, intent.trigger_id)
+                return self._shown_thread(dialect, thread, intent.reply)
             case _:
                 assert_never(intent)
 
+    def _find(self, run_id: str | None, thread_id: str | None) -> Run:
+        if run_id is not None:
+            return self.runs.find(run_id)
+        assert thread_id is not None
+        return self.threads.find_run(thread_id)
+
+    # Runs
+
     async def _start(self, dialect: Dialect, order: Start) -> Response:
-        run, _ = self.runs.start(order, default=dialect.on_disconnect)
-        location = {"Location": f"{dialect.mount.rstrip('/')}/runs/{run.id}/events"}
+        asking = self._asking(order)
+        if asking is not None:
+            run = asking
+            after = Position(next(iter(run.context.asked.values())).event.seq)
+        else:
+            thread = self.runs.find_thread(order.thread_id)
+            if thread is None and order.must_exist:
+                thread = self.threads.find(order.thread_id or "")
+            agent = self.threads.agent_of(thread, dialect.agent) if thread else dialect.agent
+            run, _ = self.runs.start(order, default=dialect.on_disconnect, agent=agent)
+            after = START
+        headers = {}
+        if dialect.location is not None:
+            place = dialect.location.format(run_id=run.id)
+            headers["Location"] = dialect.mount.rstrip("/") + place
+        framing = order.framing or dialect.framing
         match order.delivery:
             case "stream":
-                return self._stream(dialect, run, START, order.options, headers=location)
+                stream = self._stream(dialect, run, after, order.options, framing, headers=headers)
+                if asking is not None:  # only now: an answer is not to be lost with its request
+                    run.context.answer_next(order.input, is_whole=True)
+                return stream
             case "background":
-                return _json(dialect.present(run.snapshot()), 202, location)
+                if asking is not None:
+                    run.context.answer_next(order.input, is_whole=True)
+                return _shown(dialect, run, order.reply, 202, headers)
             case "wait":
                 self._lease.take(run)
-                await run.done.wait()
+                if asking is not None:
+                    run.context.answer_next(order.input, is_whole=True)
+                if InputRequested in framing.ends_at:
+                    await run.wait_done_or_asking()
+                else:
+                    await run.done.wait()
                 self._lease.end("finished")
-                assert run.end is not None
-                if run.end.outcome == "error" and (problem := run.end.error) is not None:
-                    status = problem.status if 400 <= problem.status < 600 else 500
-                    body = dialect.problem(problem)
-                    return _json(body, status, location, kind=dialect.problem_type)
-                return _json(dialect.present(run.snapshot()), 200, location)
+                end = run.end
+                if order.reply is None and end and end.outcome == "error" and end.error is not None:
+                    return _answered(dialect.problem(end.error), headers)
+                return _shown(dialect, run, order.reply, 200, headers)
             case _:
                 assert_never(order.delivery)
+
+    def _asking(self, order: Start) -> Run | None:
+        """The thread's run, if it waits for what has come here."""
+        thread = self.runs.find_thread(order.thread_id) if order.resumes else None
+        run = thread.running if thread is not None else None
+        return run if run is not None and run.context.asked else None
 
     def _watch(self, dialect: Dialect, watch: Watch) -> Response:
         run = self.runs.find(watch.run_id)
@@ -464,12 +582,16 @@ class AgentsseApp(QuartTrio):
                     f"got {watch.dialect[:40]!r}"
                 )
             dialect = self.dialects[watch.dialect]
-        after = Position(*watch.after)
-        if watch.headers_only:
-            return Response(b"", 200, STREAM_HEADERS, content_type=dialect.media_type)
+        after, framing = Position(*watch.after), watch.framing or dialect.framing
+        if watch.headers_only or current_request.method == "HEAD":
+            return Response(b"", 200, STREAM_HEADERS, content_type=framing.media_type)
         if run.log.closed and after == Position(run.log.end):
             return Response(b"", 204)
-        return self._stream(dialect, run, after, watch.options, rotates=True)
+        # Whoever only looks on sees all of it, also where a client of that protocol asks again.
+        reads_on = watch.dialect is not None
+        return self._stream(
+            dialect, run, after, watch.options, framing, rotates=True, reads_on=reads_on
+        )
 
     def _stream(
         self,
@@ -477,27 +599,49 @@ class AgentsseApp(QuartTrio):
         run: Run,
         after: Position,
         options: Hashable,
+        framing: Framing,
         *,
         headers: Mapping[str, str] | None = None,
         rotates: bool = False,
+        reads_on: bool = False,
     ) -> Response:
-        reader = run.attach((dialect.name, options), partial(dialect.encoder, options), after)
+        make = partial(dialect.encoder, options)
+        reader = run.attach(
+            (dialect.name, options),
+            make,
+            after,
+            ends_at=framing.ends_at,
+            reads_on=reads_on,
+            is_plain=options is None,
+        )
         self._lease.take(run, reader)
+        return self._pour(framing, headers, rotates=rotates)
+
+    def _pour(
+        self, framing: Framing, headers: Mapping[str, str] | None, *, rotates: bool
+    ) -> Response:
+        """Begin to stream what the lease holds."""
         self.streams.open += 1
         body = EventStream(
             lease=self._lease,
+            runs=self.runs,
             wire=current_request.scope["state"]["wire"],
-            dialect=dialect,
+            framing=framing,
             options=self.options,
             counts=self.streams,
             rotates=rotates,
         )
         return Response(
-            body, 200, {**STREAM_HEADERS, **(headers or {})}, content_type=dialect.media_type
+            body, 200, {**STREAM_HEADERS, **(headers or {})}, content_type=framing.media_type
         )
 
     async def _cancel(self, dialect: Dialect, order: Cancel) -> Response:
-        run = self.runs.find(order.run_id)
+        if (idle := order.reply_if_idle) and order.thread_id is not None:
+            thread = self.threads.find(order.thread_id)
+            if not thread.active:
+                return _answered(idle)
+        run = self._find(order.run_id, order.thread_id)
+        was_over = run.log.closed
         match order.mode:
             case "now":
                 run.cancel("client_cancel", reason=order.reason)
@@ -505,15 +649,16 @@ class AgentsseApp(QuartTrio):
                 run.cancel_after_step(reason=order.reason)
             case _:
                 assert_never(order.mode)
-        with trio.move_on_after(self.options.cancel_patience):
+        with trio.move_on_after(self.options.cancel_patience if order.waits else 0):
             await run.done.wait()
-        return _json(dialect.present(run.snapshot()), 200 if run.done.is_set() else 202)
+        reply = order.reply_if_over if was_over and order.reply_if_over else order.reply
+        return _shown(dialect, run, reply, 200 if run.done.is_set() else 202)
 
     def _answer(self, dialect: Dialect, answer: Answer) -> Response:
         run = self.runs.find(answer.run_id)
         open_requests = list(run.context.asked)
         if run.log.closed:
-            raise Conflict(f"expected a run that goes on, got {run.id}, which is over")
+            raise NotAsked(f"expected a run that goes on, got {run.id}, which is over")
         request_id = answer.request_id
         if request_id is None:
             if len(open_requests) != 1:
@@ -522,15 +667,105 @@ class AgentsseApp(QuartTrio):
                     "got none"
                 )
             request_id = open_requests[0]
-        run.context.answer(request_id, answer.answers)
-        return _json(dialect.present(run.snapshot()))
+        run.context.answer(request_id, answer.answers, is_loose=answer.is_loose)
+        return _shown(dialect, run, answer.reply)
+
+    def _tell(self, dialect: Dialect, order: Tell) -> Response:
+        if order.run_id is not None:
+            run = self.runs.find(order.run_id)
+            run.context.hear(order.text, order.mode, shown=order.shown)
+            return _shown(dialect, run, order.reply, 202, brief=True)
+        assert order.thread_id is not None
+        if order.must_exist:
+            thread = self.threads.find(order.thread_id)
+        else:
+            thread = self.runs.open_thread(order.thread_id)
+        try:
+            self.threads.tell(
+                thread,
+                order.text,
+                mode=order.mode,
+                shown=order.shown,
+                default=dialect.agent,
+            )
+        finally:
+            self.runs.drop_thread(thread)
+        return self._shown_thread(dialect, thread, order.thread_reply, status=202)
 
     async def _list_runs(self, dialect: Dialect, order: ListRuns) -> Response:
         shown = []
+        await trio.lowlevel.checkpoint()
         for run in [run for run in self.runs if order.state in (None, run.state)][: order.limit]:
             await trio.lowlevel.checkpoint()  # a snapshot looks at a whole log
-            shown.append(msgspec.Raw(dialect.present(run.snapshot(brief=True))))
-        return _json(msgspec.json.encode({"runs": shown}))
+            shown.append(run.snapshot(brief=True))
+        if order.reply is not None:
+            return _answered(order.reply(shown))
+        listed = [msgspec.Raw(dialect.present(each)) for each in shown]
+        return _json(msgspec.json.encode({"runs": listed}))
+
+    # Threads and feeds
+
+    def _watch_feed(self, dialect: Dialect, watch: WatchFeed) -> Response:
+        form = dialect.feed
+        if form is None:
+            raise NotFound(f"expected a dialect that shows feeds, got {dialect.name!r}")
+        if watch.headers_only or current_request.method == "HEAD":
+            return Response(b"", 200, STREAM_HEADERS, content_type=dialect.framing.media_type)
+        if self.runs.is_closing:
+            raise Overloaded("the server is about to stop; try again when it is back", 5)
+        lease, options, replay, after = self._lease, watch.options, form.replay, watch.after
+        thread: Thread | None = None
+        if watch.thread_id is None:
+            after = after or NOW  # it remembers since somebody first read it, which is no beginning
+        elif watch.must_exist:
+            thread = self.threads.find(watch.thread_id)
+        else:
+            thread = self.runs.open_thread(watch.thread_id)
+        feed = self.runs.feed if thread is None else thread.feed
+
+        def let_go() -> None:
+            if thread is not None:
+                thread.holders.discard(lease)
+                self.runs.drop_thread(thread)
+
+        try:
+            # Who is sent away before anything has happened must know its place, or there is a hole.
+            place = id_only(feed.id_of(feed.last)) if after == NOW else b""
+            snapshot = None
+            if thread is not None:
+                thread.holders.add(lease)
+                snapshot = self.threads.snapshot(thread, default=dialect.agent)
+            reader = feed.attach(
+                (dialect.name, options),
+                partial(form.encoder, options),
+                after,
+                greeting=form.greeting(snapshot, options) + place,
+                replay=lambda events: frozenset(replay(events, options)) if replay else None,
+                is_plain=options in form.plain,
+            )
+        except Exception:
+            let_go()
+            raise
+        lease.take_feed(reader, let_go)
+        return self._pour(dialect.framing, None, rotates=True)
+
+    async def _list_threads(self, dialect: Dialect, order: ListThreads) -> Response:
+        shown = []
+        await trio.lowlevel.checkpoint()
+        for thread in list(self.threads)[:MAX_LISTED]:
+            await trio.lowlevel.checkpoint()
+            shown.append(self.threads.snapshot(thread, default=dialect.agent))
+        if order.reply is not None:
+            return _answered(order.reply(shown))
+        return _json(msgspec.json.encode({"threads": shown}))
+
+    def _shown_thread(
+        self, dialect: Dialect, thread: Thread, reply: ThreadReply | None, *, status: int = 200
+    ) -> Response:
+        snapshot = self.threads.snapshot(thread, default=dialect.agent)
+        if reply is not None:
+            return _answered(reply(snapshot, thread.feed.events))
+        return _json(encode_event(snapshot), status)
 
     def _list_agents(self) -> Response:
         return _json(
@@ -567,26 +802,29 @@ class AgentsseApp(QuartTrio):
         await trio.lowlevel.checkpoint_if_cancelled()
         host = current_request.headers.get("Host", "")
         name = _without_port(host.lower())
+        rule = current_request.url_rule
+        speaker = self._speakers.get(rule.endpoint) if rule is not None else None
         if host and name not in LOOPBACK_NAMES and name not in self.options.allowed_hosts:
             error = Misdirected(
                 f"Host: expected a name of this server ({', '.join(sorted(LOOPBACK_NAMES))}), "
                 f"got {host[:80]!r}; add it to allowed_hosts in [server]"
             )
-            return _error(error)
+            return _error(error, speaker)
         origin = current_request.headers.get("Origin")
         if origin is not None and not _is_local(origin):
             return _error(
                 Forbidden(
                     f"Origin: expected a page from localhost, 127.0.0.1 or [::1], "
                     f"got {origin[:80]!r}"
-                )
+                ),
+                speaker,
             )
         if current_request.method == "OPTIONS" and origin is not None:
             return Response(
                 b"",
                 204,
                 {
-                    "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+                    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
                     "Access-Control-Allow-Headers": current_request.headers.get(
                         "Access-Control-Request-Headers", "*"
                     ),
@@ -678,11 +916,28 @@ def _json(
     )
 
 
-def _error(
-    error: AgentsseError,
-    problem: Callable[[Problem], bytes] = problem_json,
-    kind: str = "application/problem+json",
+def _answered(reply: Reply, headers: Mapping[str, str] | None = None) -> Response:
+    merged = {**reply.headers, **(headers or {})}
+    return _json(reply.body, reply.status, merged, kind=reply.media_type)
+
+
+def _shown(
+    dialect: Dialect,
+    run: Run,
+    reply: RunReply | None,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    *,
+    brief: bool = False,
 ) -> Response:
+    """A run as an intent, or else the dialect, wants to show it."""
+    snapshot = run.snapshot(brief=brief)
+    if reply is not None:
+        return _answered(reply(snapshot, run.log.events), headers)
+    return _json(dialect.present(snapshot), status, headers)
+
+
+def _error(error: AgentsseError, dialect: Dialect | None = None) -> Response:
     shown = Problem(code=error.code, message=error.message, status=error.status)
     headers = {}
     match error:
@@ -692,7 +947,7 @@ def _error(
             headers["Allow"] = ", ".join(error.allow)
         case _:
             pass
-    return _json(problem(shown), error.status, headers, kind=kind)
+    return _answered(dialect.problem(shown) if dialect else problem_reply(shown), headers)
 
 
 def _path_of(target: bytes) -> str:

@@ -117,12 +117,13 @@ def run(agent: str, input: str, agents: str | None, *, as_json: bool, **options:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-def check(file: Path) -> None:
+@click.option("--agents", "source", metavar="SOURCE", help="What is to be served with it.")
+def check(file: Path, source: str | None) -> None:
     """Check a configuration FILE, and the agents and tools that it names, without starting."""
     from .errors import ConfigError
 
     try:
-        settings, agents = _load(None, config=file)
+        settings, agents = _load(source, config=file)
     except* ConfigError as group:
         _refuse(group)
     names = ", ".join(agent.name for agent in agents)
@@ -358,18 +359,20 @@ class Transcript:
 
     def __init__(self, *, colors: bool) -> None:
         self._colors = colors
-        self._in_text = False
+        self._in_text = self._has_text = False
 
     def feed(self, event: "AnyEvent") -> tuple[bytes, ...]:
         """Make what an event adds."""
         return (self._told(event).encode(),)
 
     def _told(self, event: "AnyEvent") -> str:
+        from msgspec import UNSET
+
         from . import events
 
         match event:
             case events.PartDelta(kind="text" | "refusal"):
-                self._in_text = not event.delta.endswith("\n")
+                self._in_text, self._has_text = not event.delta.endswith("\n"), True
                 return event.delta
             case events.RunStarted():
                 return self._line(f"run {event.run_id} of {event.agent}", fg="bright_black")
@@ -385,7 +388,8 @@ class Transcript:
                 mark, color = ("failed", "red") if event.is_error else ("gave", "green")
                 return self._line(f"  {event.name} {mark} {_short(event.result)}", fg=color)
             case events.AgentStarted():
-                return self._line(f"  agent {event.agent} as run {event.child_run_id}", fg="cyan")
+                own = "" if event.child_run_id is None else f" as run {event.child_run_id}"
+                return self._line(f"  agent {event.agent}{own}", fg="cyan")
             case events.Custom():
                 return self._line(f"  {event.name} {_short(event.value)}", fg="bright_black")
             case events.InputRequested():
@@ -395,7 +399,11 @@ class Transcript:
             case events.Retry():
                 return self._line(f"  again in {event.delay_s:g} s: {event.error.message}")
             case events.RunFinished():
-                return self._line(_receipt(event), fg="green" if event.outcome == "success"
+                # Who has said nothing has its result to show.
+                said = "" if self._has_text or event.result in (UNSET, events.NULL) else (
+                    self._line(_as_text(event.result))
+                )  # fmt: skip
+                return said + self._line(_receipt(event), fg="green" if event.outcome == "success"
                                   else "red")  # fmt: skip
             case _:
                 return ""
@@ -404,6 +412,13 @@ class Transcript:
         lead = "\n" if self._in_text else ""
         self._in_text = False
         return lead + (click.style(text, fg=fg) if self._colors else text) + "\n"
+
+
+def _as_text(result: Any) -> str:
+    from .events import decode_json
+
+    value = decode_json(result)
+    return value if isinstance(value, str) else bytes(result).decode()
 
 
 def _short(value: Any) -> str:

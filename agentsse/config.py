@@ -91,6 +91,7 @@ Variable: TypeAlias = Annotated[
 ToolCalls: TypeAlias = Annotated[
     Literal["native", "text", "taught"], Meta(description='"native", "text" or "taught"')
 ]
+Text: TypeAlias = Annotated[str, Meta(description="text")]
 Options: TypeAlias = Annotated[dict[str, Any], Meta(description="a table")]
 Mount: TypeAlias = Annotated[
     str,
@@ -273,6 +274,10 @@ class DialectSettings:
 
     mount: Mount | None = None
     """Path before its routes; None: the one it is known for."""
+    agent: Text | None = None
+    """Who runs where a request names nobody; None: the server's first agent."""
+    form: Text | None = None
+    """Which of its forms is spoken, where it has several; None: the current one."""
 
 
 @attrs.frozen

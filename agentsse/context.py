@@ -1,23 +1,36 @@
 """A run, as its agent sees it: what it says, does and asks, and how each becomes events.
 
-Knows: steps, parts, tool calls, questions, and the limits of one run. Must never know HTTP,
-dialects or readers, nor who supervises a run: what it needs of that, it asks of a `Host`.
+Knows: steps, parts, tool calls, questions, messages, values, and the limits of one run. Must never
+know HTTP, dialects or readers, nor who supervises a run: what it needs of that, it asks of a
+`Host`.
 
 Everything that makes an event is sync and never blocks, so that an agent cannot be slowed down by
 whoever watches it, and can still speak while it is being cancelled.
 """
 
 import contextvars
+import re
+import reprlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, assert_never
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, Protocol, assert_never
 
 import attrs
 import trio
 from msgspec import UNSET, Raw, UnsetType
+from msgspec.structs import replace
 
-from .errors import AgentError, AgentsseError, BadRequest, Conflict, NotFound, ToolError
+from .errors import (
+    AgentError,
+    AgentsseError,
+    BadRequest,
+    Conflict,
+    NotAsked,
+    NotFound,
+    Overloaded,
+    ToolError,
+)
 from .events import (
     NULL,
     AgentFinished,
@@ -27,13 +40,18 @@ from .events import (
     FinishReason,
     InputReceived,
     InputRequested,
+    InputWithdrawn,
     Liveness,
+    MessageReceived,
+    Option,
     PartDelta,
     PartFinished,
     PartKind,
     PartStarted,
+    Paused,
     Problem,
     Question,
+    Resumed,
     Stalled,
     StepFinished,
     StepKind,
@@ -42,15 +60,25 @@ from .events import (
     ToolOutputDelta,
     ToolStarted,
     Usage,
+    ValuesChanged,
     decode_json,
     encode_json,
     well_formed,
 )
 from .log import Coalescer, Due
 from .providers import Message, Provider
-from .tools import Tool, Workers, output_to
+from .tools import Tool, Workers, output_to, tool
 
 _OF_PARTS = frozenset({PartStarted, PartDelta, PartFinished})
+_OF_TOOLS = frozenset({ToolStarted, ToolFinished})
+_OF_OTHERS = frozenset({StepStarted, StepFinished, AgentStarted, AgentFinished})
+_FOLLOWED = _OF_PARTS | _OF_TOOLS | _OF_OTHERS
+MAX_HEARD = 100  # messages that wait to be heard
+MAX_UNHEARD = 4 * 1024 * 1024  # characters of all of them
+_YES = frozenset({"yes", "y", "true", "ok", "1"})
+_NO = frozenset({"no", "n", "false", "0"})
+
+MessageMode = Literal["steer", "follow_up"]
 
 
 @attrs.frozen
@@ -122,15 +150,33 @@ class Host(Protocol):
     def input_changed(self) -> None:
         """The run has begun, or ceased, to wait for a person."""
 
-    async def run_child(
-        self, agent: Any, input: Any, *, started: Callable[[str, str], None]
-    ) -> Any:
-        """Run another agent below this one, and return its result.
+    def make_child(self, agent: Any, input: Any, /) -> "Child":
+        """Make a run below this one; whoever asks for it sees it to its end. Sync.
 
         Args:
             agent: The agent, or the name of one that the server knows.
             input: What it is given.
-            started: Called with the child's agent and run id before its first step.
+
+        Raises:
+            AgentsseError: There is no such agent, or too many are below one another.
+        """
+
+
+class Child(Protocol):
+    """A child run, as the run above it sees it."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+
+    def begun(self) -> AgentStarted:
+        """How the run above tells that it has begun."""
+
+    def reported(self, problem: Problem | None, /) -> AgentFinished:
+        """How the run above tells that it is over: its one report."""
+
+    async def run_below(self) -> Any:
+        """Run it in the calling task, to its end, and return its result.
 
         Raises:
             AgentError: It ended in any other way than with success.
@@ -143,7 +189,17 @@ class _Asked:
     event: InputRequested
     since: float  # the loop's time
     answered: trio.Event = attrs.field(factory=trio.Event)
-    answers: dict[str, Any] = attrs.field(factory=dict)
+    answers: dict[str, Any] = attrs.field(factory=dict)  # so far
+
+    @property
+    def unanswered(self) -> tuple[Question, ...]:
+        return tuple(q for q in self.questions if q.id not in self.answers)
+
+
+@attrs.frozen
+class _Heard:
+    text: str
+    mode: MessageMode
 
 
 @attrs.define(eq=False)
@@ -181,6 +237,8 @@ class RunContext:
             joined with it.
         history: What was said in its thread before; empty without a thread.
         conversation: What is said in this run, as later runs of the thread will be told.
+        instructions: What a model agent is told first, where the client says so.
+        uses_tools: Whether a model agent is given its tools.
     """
 
     id: str
@@ -195,18 +253,29 @@ class RunContext:
     limits: Limits
     history: tuple[Message, ...] = ()
     conversation: list[Message] = attrs.field(factory=list)
+    instructions: str | None = None
+    uses_tools: bool = True
     is_full: bool = False
     nursery: trio.Nursery = attrs.field(init=False)
     usage: Usage = attrs.field(factory=Usage)
     workers: Workers = attrs.field(init=False)
     asked: dict[str, _Asked] = attrs.field(factory=dict)
+    open_tools: dict[str, ToolStarted] = attrs.field(factory=dict)
     is_cancelled: bool = False
     on_step_finished: Callable[[], None] | None = None
     _open_steps: int = 0
     _pulse: "_Pulse | None" = None
     _watching: set[trio.CancelScope] = attrs.field(factory=set)
     _delegations: int = 0
+    _values: dict[str, Raw] = attrs.field(factory=dict)
+    _heard: list[_Heard] = attrs.field(factory=list)
+    _hearing: trio.Event | None = None
+    _resume: trio.Event | None = None
+    _pause_reason: str | None = None
+    _is_pause_told: bool = False
+    _resting: int = 0  # tasks
     _beats: int = 0
+    _open_others: set[str] = attrs.field(factory=set)  # keys of steps and agents
     _open_parts: dict[str, tuple[PartStarted, list[str]]] = attrs.field(factory=dict)
     _speaking: str | None = None
     _answered: set[str] = attrs.field(factory=set)
@@ -257,13 +326,14 @@ class RunContext:
         delta = well_formed(delta)
         part_id = self._speaking
         if part_id is None or self._open_parts[part_id][0].kind != kind:
-            self._fall_silent()
+            self.fall_silent()
             part_id = self._speaking = self.next_id("p")
             self.append(PartStarted(part_id=part_id, kind=kind))
         if delta:
             self.append(PartDelta(part_id=part_id, kind=kind, delta=delta))
 
-    def _fall_silent(self) -> None:
+    def fall_silent(self) -> None:
+        """End the part that `text` or `reasoning` has begun, if there is one."""
         if self._speaking is not None:
             self.append(self._whole_part(self._speaking))
 
@@ -278,13 +348,18 @@ class RunContext:
         )
 
     def append(self, event: AnyEvent) -> None:
-        """Put an event into the run's log; behind its end, or its bounds, it is dropped. Sync."""
+        """Put an event into the run's log; behind its end, or its bounds, it is dropped. Sync.
+
+        What ends something that the log tells of is never behind its bounds.
+        """
         log = self.writer.log
-        if log.closed or self.is_full:
+        if log.closed or (self.is_full and not self._is_awaited(event)):
             return
         self.writer.append(event)  # raises before anything is noted
-        if type(event) in _OF_PARTS:
-            self._follow_part(event)  # type: ignore[arg-type]  # isinstance costs six times the test
+        if type(event) in _FOLLOWED:
+            self._follow(event)  # type: ignore[arg-type]  # isinstance costs six times the test
+        if self.is_full:
+            return
         if log.size >= self.limits.max_bytes or len(log.events) >= self.limits.max_events:
             self.is_full = True
             self.host.limit_reached(f"{len(log.events)} events, {log.size} bytes")
@@ -306,7 +381,28 @@ class RunContext:
         except Exception as error:  # noqa: BLE001
             self.host.report_crash(error, "an event of a thread")
 
-    def _follow_part(self, event: PartStarted | PartDelta | PartFinished) -> None:
+    def _is_awaited(self, event: AnyEvent) -> bool:
+        """Whether it ends something that has been told to begin."""
+        match event:
+            case ToolFinished():
+                return event.call_id in self.open_tools
+            case StepFinished() | AgentFinished():
+                return _key(event) in self._open_others
+            case _:
+                return False
+
+    def _follow(
+        self,
+        event: PartStarted
+        | PartDelta
+        | PartFinished
+        | ToolStarted
+        | ToolFinished
+        | StepStarted
+        | StepFinished
+        | AgentStarted
+        | AgentFinished,
+    ) -> None:
         match event:
             case PartDelta():
                 if (part := self._open_parts.get(event.part_id)) is not None:
@@ -317,6 +413,14 @@ class RunContext:
                 self._open_parts.pop(event.part_id, None)
                 if event.part_id == self._speaking:
                     self._speaking = None
+            case ToolStarted():
+                self.open_tools[event.call_id] = event
+            case ToolFinished():
+                self.open_tools.pop(event.call_id, None)
+            case StepStarted() | AgentStarted():
+                self._open_others.add(_key(event))
+            case StepFinished() | AgentFinished():
+                self._open_others.discard(_key(event))
             case _:
                 assert_never(event)
 
@@ -337,12 +441,167 @@ class RunContext:
                 self._speaking = None
         return finished
 
+    def finish_tools(self) -> None:
+        """Finish whatever tool call is still open: who began it has not."""
+        said = encode_json({"error": "the run ended before the tool had answered"})
+        open_tools, self.open_tools = self.open_tools, {}
+        for call_id, started in open_tools.items():
+            self.writer.append(
+                ToolFinished(
+                    call_id=call_id,
+                    name=started.name,
+                    result=said,
+                    is_error=True,
+                    source="local",
+                )
+            )
+
+    # Values that clients may look at
+
+    def set_values(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Set some of the run's values, which clients see as they change, and whenever they ask.
+
+        Args:
+            values: Names that are no identifiers go here.
+            more: Anything that JSON can hold; None takes a value out.
+
+        Behind the run's end, or its bounds, nothing changes.
+
+        Raises:
+            Unencodable: A value is something that JSON cannot hold.
+        """
+        changed = {name: encode_json(value, what=name) for name, value in (values or {}).items()}
+        changed |= {name: encode_json(value, what=name) for name, value in more.items()}
+        event = ValuesChanged(values=encode_json(changed, what="the names of values"))
+        if self.writer.log.closed or self.is_full:
+            return  # what is not told has not changed
+        self.append(event)
+        for name, value in changed.items():
+            if value == NULL:
+                self._values.pop(name, None)
+            else:
+                self._values[name] = value
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The run's values, as a copy."""
+        return {name: decode_json(value) for name, value in self._values.items()}
+
+    def values_json(self) -> Raw:
+        """The same as JSON."""
+        return encode_json(self._values)
+
+    # What people say to it while it goes on
+
+    def hear(self, text: str, mode: MessageMode, *, shown: str | None = None) -> None:
+        """Take a message in; the agent hears it at its next turn. Sync.
+
+        Args:
+            text: What the agent is told.
+            mode: `steer` for as soon as it can be, `follow_up` for when it would have ended.
+            shown: What the stream shows of it; the text unless given.
+
+        Raises:
+            Conflict: The run is over or being cancelled, or still waits for its turn.
+            Overloaded: It has not listened for long.
+        """
+        log = self.writer.log
+        if log.closed or not log.events or self.is_cancelled:
+            where = "still waits for its turn" if not log.events else "is over, or about to be"
+            raise Conflict(f"expected a run that goes on, got {self.id}, which {where}")
+        waiting = sum(len(heard.text) for heard in self._heard) if self._heard else 0
+        if len(self._heard) >= MAX_HEARD or waiting + len(text) > MAX_UNHEARD:
+            raise Overloaded(
+                f"expected at most {MAX_HEARD} messages, of {MAX_UNHEARD} characters, that the run "
+                "has not heard yet; wait until it has"
+            )
+        self.tell_of_message(text if shown is None else shown, mode)
+        self._heard.append(_Heard(well_formed(text), mode))
+        if self._hearing is not None:
+            self._hearing.set()
+            self._hearing = None
+
+    @property
+    def has_unheard(self) -> bool:
+        """Whether something was said that it has not taken yet."""
+        return bool(self._heard)
+
+    def tell_of_message(self, shown: str, mode: MessageMode) -> None:
+        """Show that somebody has said something."""
+        message_id = self.next_id("u")
+        self.append(MessageReceived(message_id=message_id, text=well_formed(shown), mode=mode))
+
+    def take_messages(self, mode: MessageMode | None = None) -> list[str]:
+        """Take what was said to the run since it last listened; of one mode, or all. Sync."""
+        taken = [heard.text for heard in self._heard if mode in (None, heard.mode)]
+        self._heard = [heard for heard in self._heard if mode not in (None, heard.mode)]
+        return taken
+
+    async def next_message(self) -> str:
+        """Wait for the next thing that somebody says to the run, whichever its mode.
+
+        Cancelling it loses nothing.
+        """
+        await trio.lowlevel.checkpoint()
+        while not self._heard:
+            if self._hearing is None:
+                self._hearing = trio.Event()
+            await self._hearing.wait()
+        return self._heard.pop(0).text
+
+    def pause(self, reason: str | None = None) -> None:
+        """Ask the run to rest before its next step. Sync; `paused` is told when it does."""
+        if self._resume is None:
+            self._resume, self._pause_reason = trio.Event(), reason
+
+    def resume(self) -> None:
+        """Let the run go on. Sync; `resumed` is told if `paused` was."""
+        if self._resume is not None:
+            self._resume.set()
+            self._resume = None
+        if self._is_pause_told:  # before anything that follows from it
+            self._is_pause_told = False
+            self.append(Resumed())
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it was asked to rest, and not yet to go on."""
+        return self._resume is not None
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it does, in one of its tasks at least."""
+        return self._resting > 0 and self._resume is not None
+
+    async def rest_while_paused(self) -> bool:
+        """Rest here if the run was paused; models and flows do so before each step.
+
+        Cancelled, it tells nothing: the run is not let go on by that.
+
+        Returns:
+            Whether it has rested.
+        """
+        await trio.lowlevel.checkpoint()
+        has_rested = False
+        self._resting += 1
+        try:
+            while self._resume is not None:
+                has_rested = True
+                if not self._is_pause_told:  # else another of its tasks has said so
+                    self._is_pause_told = True
+                    reason = self._pause_reason
+                    self.append(Paused(reason=reason and well_formed(reason)))
+                await self._resume.wait()
+        finally:
+            self._resting -= 1
+        return has_rested
+
     # What an agent does
 
     @contextmanager
     def step(self, name: str, *, kind: StepKind = "node") -> Iterator[Step]:
         """Name a stretch of the run; an error in it stands in its `step_finished` and goes on."""
-        self._fall_silent()
+        self.fall_silent()
         step_id, step = self.next_id("s"), Step()
         self.append(StepStarted(step_id=step_id, kind=kind, name=name))
         self._open_steps += 1
@@ -361,7 +620,7 @@ class RunContext:
             self._open_steps -= 1
             if not self._open_steps:
                 self._end_pulse()
-            self._fall_silent()
+            self.fall_silent()
             self.append(
                 StepFinished(
                     step_id=step_id,
@@ -399,10 +658,11 @@ class RunContext:
         """
         now, count = trio.current_time(), len(self.writer.log.events) - self._beats
         # A person may take their time, and a child run has a watch of its own.
-        if count != pulse.events or self.asked or self._delegations:
+        is_waiting = bool(self.asked) or self.is_resting
+        if count != pulse.events or is_waiting or self._delegations:
             pulse.changed, pulse.events = now, count
         idle = now - pulse.changed
-        if now - pulse.beat >= self.limits.liveness and not self.asked:
+        if now - pulse.beat >= self.limits.liveness and not is_waiting:
             pulse.beat = now
             self._beats += 1
             self.append(
@@ -489,7 +749,7 @@ class RunContext:
             AgentError: The run is over.
         """
         self._see_that_it_goes_on()
-        self._fall_silent()
+        self.fall_silent()
         call_id = call_id or self.next_id("c")
         name = tool.name if isinstance(tool, Tool) else tool
         self.append(ToolStarted(call_id=call_id, name=name, arguments=_shown(arguments)))
@@ -544,7 +804,8 @@ class RunContext:
     async def ask(self, questions: str | Question | Sequence[Question]) -> Any:
         """Ask a person, and wait for the answer.
 
-        While a run waits, leaving never cancels it; the input timeout does.
+        While a run waits, leaving never cancels it; the input timeout does. Who does not want to
+        wait that long puts `trio.move_on_after` around it: the question is then withdrawn.
 
         Args:
             questions: A prompt for free text, a question, or several.
@@ -556,7 +817,7 @@ class RunContext:
             AgentError: The run is over.
         """
         self._see_that_it_goes_on()
-        self._fall_silent()
+        self.fall_silent()
         single = isinstance(questions, str | Question)
         if isinstance(questions, str):
             questions = Question(id="answer", kind="text", prompt=questions)
@@ -572,28 +833,46 @@ class RunContext:
             await asked.answered.wait()
         finally:
             if self.asked.pop(request_id, None) is not None:
+                if not self.is_cancelled:
+                    self.append(InputWithdrawn(request_id=request_id))
                 self.host.input_changed()
         return asked.answers[questions[0].id] if single else asked.answers
 
-    def answer(self, request_id: str, answers: Mapping[str, Any]) -> None:
+    def answer(
+        self, request_id: str, answers: Mapping[str, Any], *, is_loose: bool = False
+    ) -> None:
         """Hand in the answers to a request; the first to do so wins. Sync.
+
+        Args:
+            request_id: Of an open request.
+            answers: By question id.
+            is_loose: They come from somebody who does not know the questions well: `"yes"` will do
+                for a confirmation, an option's label for its id, the key `""` for the only
+                question, and what is missing may come later.
 
         Raises:
             NotFound: Nothing of that id is being asked.
-            Conflict: It has been answered already.
+            NotAsked: It has been answered already.
             BadRequest: The answers do not fit the questions.
         """
         if request_id in self._answered:
-            raise Conflict(f"the request {request_id!r} has been answered already")
+            raise NotAsked(f"the request {request_id!r} has been answered already")
         asked = self.asked.get(request_id)
         if asked is None:
             raise NotFound(
                 f"expected the id of an open request ({', '.join(self.asked) or 'there is none'}), "
                 f"got {request_id!r}"
             )
-        check_answers(asked.questions, answers)
-        asked.answers = dict(answers)
-        received = InputReceived(request_id=request_id, answers=encode_json(asked.answers))
+        if is_loose:
+            given = asked.answers | fitted_answers(asked.questions, answers)
+        else:
+            check_answers(asked.questions, answers)
+            given = dict(answers)
+        encoded = encode_json(given, what="the answers")  # raises before anything is noted
+        asked.answers = given
+        if len(given) < len({question.id for question in asked.questions}):
+            return
+        received = InputReceived(request_id=request_id, answers=encoded)
         # From here on it is answered, whatever happens before `ask` gets to run again.
         del self.asked[request_id]
         self._answered.add(request_id)
@@ -601,12 +880,50 @@ class RunContext:
         asked.answered.set()
         self.host.input_changed()
 
+    def open_questions(self) -> tuple[InputRequested, ...]:
+        """What waits for an answer, without what has been answered of it already."""
+        return tuple(
+            replace(asked.event, questions=asked.unanswered) if asked.answers else asked.event
+            for asked in self.asked.values()
+        )
+
+    def answer_next(self, said: Any, *, is_whole: bool = False) -> None:
+        """Answer the oldest open request with what somebody has said: text, or answers by id.
+
+        Args:
+            said: To several questions also lines of `id: answer` or `[id]: answer`. Those that it
+                leaves open may be answered later.
+            is_whole: Nothing more will come.
+
+        Raises:
+            NotAsked: Nothing is being asked.
+            BadRequest: It does not fit.
+        """
+        if not self.asked:
+            raise NotAsked(f"expected a run that waits for a person, got {self.id}, which does not")
+        request_id, asked = next(iter(self.asked.items()))
+        ids = {question.id for question in asked.questions}
+        if isinstance(said, str) and len(ids) > 1:
+            said = _by_lines(said) or said
+        by_id = isinstance(said, Mapping) and bool(said) and set(said) <= ids
+        if len(ids) > 1 and not by_id:
+            raise BadRequest(
+                f"expected answers to {', '.join(sorted(ids))}, as an object or as lines of "
+                f"'id: answer', got {reprlib.repr(said)}"
+            )
+        missing = ids - set(asked.answers) - set(said) if by_id else set()
+        if missing and is_whole:
+            raise BadRequest(f"answers: expected {', '.join(sorted(missing))} as well, got none")
+        self.answer(request_id, said if by_id else {"": said}, is_loose=True)
+
     def dissolve(self) -> None:
         """Forget what an agent needs, once the run is over.
 
         References in a circle would keep a run beyond its retention until the collector comes by.
         """
         del self.host, self.workers
+        with suppress(AttributeError):  # a run that never ran has none
+            del self.nursery  # its task knows the context of the run above
         self.on_step_finished = None
         self._end_pulse()
         self.writer.forget()
@@ -614,6 +931,8 @@ class RunContext:
         self.input = self.metadata = None  # JSON of both is in the run, and takes less room
         self.asked.clear()
         self._open_parts.clear()
+        self.open_tools.clear()
+        self._open_others.clear()
 
     async def delegate(self, agent: Runnable | str, input: Any) -> Any:
         """Run another agent as a child of this run, and return its result.
@@ -625,31 +944,46 @@ class RunContext:
                 over.
         """
         self._see_that_it_goes_on()
-        self._fall_silent()
-        begun: list[tuple[str, str]] = []  # stays empty where there is no such agent
-
-        def started(name: str, child_run_id: str) -> None:
-            begun.append((name, child_run_id))
-            self.append(AgentStarted(agent=name, child_run_id=child_run_id))
-
-        report: Raw | UnsetType = UNSET
-        problem: Problem | None = None
+        self.fall_silent()
+        child = self.host.make_child(agent, input)
+        self.append(child.begun())
         self._delegations += 1
         try:
-            result = await self.host.run_child(agent, input, started=started)
-            report = encode_json(result)
+            return await self._see_to_its_end(child)
+        finally:
+            self._delegations -= 1
+
+    def spawn(self, agent: Runnable | str, input: Any) -> str:
+        """Start another agent as a child of this run, beside whatever goes on; its run's id.
+
+        It ends with this run at the latest, and this run with it. How it went is told by its one
+        `agent_finished`; if it fails, that is all that happens. Sync.
+
+        Raises:
+            AgentsseError: There is no such agent, or this run is over.
+        """
+        self._see_that_it_goes_on()
+        child = self.host.make_child(agent, input)
+        self.nursery.start_soon(self._see_to_its_end_alone, child, name=f"worker {child.id}")
+        self.append(child.begun())
+        return child.id
+
+    async def _see_to_its_end(self, child: Child) -> Any:
+        problem: Problem | None = None
+        try:
+            return await child.run_below()
         except BaseException as error:
             problem = problem_of(error, "the child run")
             raise
         finally:
-            self._delegations -= 1
-            for name, child_run_id in begun:
-                self.append(
-                    AgentFinished(
-                        agent=name, child_run_id=child_run_id, report=report, error=problem
-                    )
-                )
-        return result
+            self.append(child.reported(problem))
+
+    async def _see_to_its_end_alone(self, child: Child) -> None:
+        # `suppress` would keep the group that a cancel comes in, and that its own frame.
+        try:
+            await self._see_to_its_end(child)
+        except AgentError:
+            return  # it stands in the report
 
     def _see_that_it_goes_on(self) -> None:
         if self.writer.log.closed:
@@ -710,6 +1044,13 @@ def _emitted(name: str, data: dict[str, Any]) -> Custom:
         return Custom(name="agentsse.error", value=encode_json(problem_of(error, "emit")))
 
 
+def _key(event: StepStarted | StepFinished | AgentStarted | AgentFinished) -> str:
+    """What the beginning and the end of a step, or of an agent, have in common."""
+    if isinstance(event, StepStarted | StepFinished):
+        return event.step_id
+    return event.child_run_id or f"agent {event.agent}"
+
+
 def problem_of(error: BaseException, where: str) -> Problem:
     """What of an error may be shown: the words of our own, of others only the name of the type."""
     error = unwrapped(error)
@@ -757,10 +1098,82 @@ def check_answers(questions: Sequence[Question], answers: Mapping[str, Any]) -> 
             case "choice":
                 options = [option.id for option in question.options]
                 fits, expected = given in options, f"one of {', '.join(options)}"
+            case "choices":
+                options = [option.id for option in question.options]
+                fits = isinstance(given, list) and all(each in options for each in given)
+                expected = f"a list of some of {', '.join(options)}"
             case _:
                 assert_never(question.kind)
         if not fits:
             raise BadRequest(f"expected {expected} for {question.id!r}, got {given!r}")
+
+
+def fitted_answers(questions: Sequence[Question], answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Make answers fit their questions where it is clear what they mean.
+
+    Raises:
+        BadRequest: Says which does not, and what was expected.
+    """
+    by_id = {question.id: question for question in questions}
+    if list(answers) == [""] and len(questions) == 1:
+        answers = {questions[0].id: answers[""]}
+    unknown = set(answers) - set(by_id)
+    if unknown or not answers:
+        raise BadRequest(
+            f"answers: expected some of the keys {', '.join(by_id)}, got "
+            f"{', '.join(sorted(unknown)) or 'none'}"
+        )
+    fitted = {name: _fitted(by_id[name], value) for name, value in answers.items()}
+    check_answers([by_id[name] for name in fitted], fitted)
+    return fitted
+
+
+_LINE = re.compile(r"(?:\[([^\]]{1,200})\]|([\w.-]{1,200})):(.*)")
+
+
+def _by_lines(text: str) -> dict[str, str] | None:
+    """Answers by question id, where each line of a text is one."""
+    found = [_LINE.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
+    if not all(found):
+        return None
+    return {match[1] or match[2]: match[3].strip() for match in found if match}
+
+
+def _fitted(question: Question, value: Any) -> Any:
+    match question.kind:
+        case "text":
+            if value is None or isinstance(value, str):
+                return value
+            return bytes(encode_json(value)).decode()
+        case "confirm":
+            word = value.strip().lower() if isinstance(value, str) else None
+            return True if word in _YES else False if word in _NO else value
+        case "choice":
+            return _option(question.options, value)
+        case "choices":
+            several = [value] if isinstance(value, str) else value
+            if not isinstance(several, list):
+                return value
+            fitted = [_option(question.options, each) for each in several]
+            if isinstance(value, str) and fitted[0] not in [o.id for o in question.options]:
+                fitted = [_option(question.options, each) for each in value.split(",")]
+            return fitted
+        case _:
+            assert_never(question.kind)
+
+
+def _option(options: Sequence[Option], value: Any) -> Any:
+    """The id of the option that is meant, by its id or its label."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    for option in options:
+        if value == option.id:
+            return value
+    for option in options:
+        if word in (option.id.lower(), (option.label or option.id).lower()):
+            return option.id
+    return value
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -784,3 +1197,21 @@ def _shown(arguments: Mapping[str, Any] | str) -> Raw:
         return encode_json(arguments)
     except AgentsseError:
         return encode_json(repr(arguments))
+
+
+@tool(seconds=None)
+async def ask_user(question: str, options: list[str] | None = None) -> str:
+    """Ask the person you work for, and wait for the answer.
+
+    Args:
+        question: What you want to know.
+        options: What can be answered; leave it out for free text.
+    """
+    run = _current.get()
+    if run is None:
+        raise AgentError("ask_user: expected to be called within a run, got none")
+    if not options:
+        return str(await run.ask(question))
+    offered = tuple(Option(id=option) for option in options)
+    asked = Question(id="answer", kind="choice", prompt=question, options=offered)
+    return str(await run.ask(asked))

@@ -79,6 +79,12 @@ class Conflict(AgentsseError):
     status = 409
 
 
+class NotAsked(Conflict):
+    """An answer to what is not being asked, or no longer."""
+
+    code = "not_asked"
+
+
 class TooLarge(AgentsseError):
     """A body over the limit."""
 
@@ -93,7 +99,14 @@ class Misdirected(AgentsseError):
     status = 421
 
 
-class KeyReused(AgentsseError):
+class Unprocessable(AgentsseError):
+    """The request is well formed, and what it says makes no sense."""
+
+    code = "unprocessable"
+    status = 422
+
+
+class KeyReused(Unprocessable):
     """An Idempotency-Key that was used before with another body."""
 
     code = "idempotency_key_reused"

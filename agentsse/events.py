@@ -31,7 +31,11 @@ FinishReason: TypeAlias = Literal[
     "stop", "length", "tool_calls", "content_filter", "error", "other"
 ]
 ToolSource: TypeAlias = Literal["local", "provider", "mcp"]
-RunState: TypeAlias = Literal["queued", "running", "waiting", "cancelling", "finished"]
+RunState: TypeAlias = Literal["queued", "running", "waiting", "paused", "cancelling", "finished"]
+ThreadState: TypeAlias = Literal["idle", "queued", "running", "waiting", "paused", "cancelling"]
+TriggerChange: TypeAlias = Literal[
+    "available", "activated", "fired", "deactivated", "updated", "removed"
+]
 
 NULL = Raw(b"null")
 
@@ -94,10 +98,10 @@ class Option(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
 
 
 class Question(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """What a run asks a person: free text, one of several options, or yes and no."""
+    """What a run asks a person: free text, one or some of several options, or yes and no."""
 
     id: str
-    kind: Literal["text", "choice", "confirm"]
+    kind: Literal["text", "choice", "choices", "confirm"]
     prompt: str
     options: tuple[Option, ...] = ()
 
@@ -216,19 +220,22 @@ class ToolFinished(Event, frozen=True, kw_only=True):
 
 
 class AgentStarted(Event, frozen=True, kw_only=True):
-    """A nested agent begins; its own events are in its own run's log."""
+    """A nested agent begins; of a child run the events are in a log of its own."""
 
     agent: str
     child_run_id: str | None = None
+    input: Raw | UnsetType = UNSET
 
 
 class AgentFinished(Event, frozen=True, kw_only=True):
-    """A nested agent is done; `report` is its result."""
+    """A nested agent is done; `report` is its result. Of a child run it comes exactly once."""
 
     agent: str
     child_run_id: str | None = None
     report: Raw | UnsetType = UNSET
     error: Problem | None = None
+    usage: Usage | None = None
+    seconds: float | None = None
 
 
 class InputRequested(Event, frozen=True, kw_only=True):
@@ -245,8 +252,38 @@ class InputReceived(Event, frozen=True, kw_only=True):
     answers: Raw
 
 
+class InputWithdrawn(Event, frozen=True, kw_only=True):
+    """The run no longer waits for this answer: it took too long, or is not needed any more."""
+
+    request_id: str
+
+
+class MessageReceived(Event, frozen=True, kw_only=True):
+    """Somebody has said something to a run that goes on; it hears it at its next turn."""
+
+    message_id: str
+    text: str
+    mode: Literal["steer", "follow_up"]
+
+
+class Paused(Event, frozen=True, kw_only=True):
+    """The run rests before its next step."""
+
+    reason: str | None = None
+
+
+class Resumed(Event, frozen=True, kw_only=True):
+    """The run goes on."""
+
+
+class ValuesChanged(Event, frozen=True, kw_only=True):
+    """Some of the run's values are new: an object of those that changed, null for one removed."""
+
+    values: Raw
+
+
 class Retry(Event, frozen=True, kw_only=True):
-    """A model call failed before it had shown anything, and is tried again."""
+    """A model call failed before it had shown anything, or a flow's step failed: once more."""
 
     attempt: int
     max: int
@@ -321,6 +358,30 @@ class ProviderEvent(Event, frozen=True, kw_only=True):
     raw: Raw
 
 
+class TriggerChanged(Event, frozen=True, kw_only=True):
+    """A thread's trigger has come, changed, fired or gone; in feeds only.
+
+    Attributes:
+        thread_id: Whose it is.
+        every_s: Its interval.
+        text: What the thread is told.
+        fired: How often it has.
+        last_at, next_at: When it last did, and will do so again.
+        error: Why a firing came to nothing.
+    """
+
+    thread_id: str
+    trigger_id: str
+    change: TriggerChange
+    name: str
+    every_s: float
+    text: str
+    fired: int = 0
+    last_at: str | None = None
+    next_at: str | None = None
+    error: Problem | None = None
+
+
 class Gap(Event, frozen=True, kw_only=True):
     """Events that a feed no longer holds; synthetic, without an id."""
 
@@ -343,6 +404,11 @@ AnyEvent: TypeAlias = (
     | AgentFinished
     | InputRequested
     | InputReceived
+    | InputWithdrawn
+    | MessageReceived
+    | Paused
+    | Resumed
+    | ValuesChanged
     | Retry
     | Failover
     | Liveness
@@ -353,6 +419,7 @@ AnyEvent: TypeAlias = (
     | Moderation
     | Custom
     | ProviderEvent
+    | TriggerChanged
     | Gap
 )
 
@@ -367,8 +434,8 @@ class RunSnapshot(Struct, frozen=True, kw_only=True):
 
     Attributes:
         result: JSON; null while there is none.
-        input, metadata, output: Left out where runs are listed. The output is the text that the
-            model has said so far: what a cancelled run leaves behind.
+        input, metadata, output, values: Left out where runs are listed. The output is the text that
+            the model has said so far: what a cancelled run leaves behind.
         events: How many events its log holds.
     """
 
@@ -391,6 +458,38 @@ class RunSnapshot(Struct, frozen=True, kw_only=True):
     input: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
     output: str | UnsetType = UNSET
+    values: Raw | UnsetType = UNSET
+
+
+class ThreadSnapshot(Struct, frozen=True, kw_only=True):
+    """A thread as it stands.
+
+    Attributes:
+        agent: Who runs when the thread is told something.
+        state: Of its current run; `idle` without one.
+        run: The current run, in brief: the one that goes on, else the last one that is kept.
+        runs: Ids of all that are kept, the oldest first; child runs are not among them.
+        workers: Child runs that are kept, in brief, the oldest first.
+        tools: Tool calls of the current run that are under way.
+        triggers: Each as its last change.
+        last_event_id: Of its feed; null while nothing has happened.
+        last_event_at: When that was.
+        is_open: Whether it stays until it is closed.
+    """
+
+    id: str
+    agent: str
+    created: str
+    state: ThreadState
+    run: RunSnapshot | None
+    runs: tuple[str, ...]
+    workers: tuple[RunSnapshot, ...]
+    tools: tuple[ToolStarted, ...]
+    triggers: tuple[TriggerChanged, ...]
+    last_event_id: str | None
+    last_event_at: str | None
+    is_open: bool
+    metadata: Raw
 
 
 _encoder = msgspec.json.Encoder()

@@ -22,7 +22,7 @@ import math
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Literal, Never, TypeAlias
@@ -200,6 +200,9 @@ class Position:
 
 START = Position(0)
 
+Follow: TypeAlias = Callable[[Sequence[AnyEvent], int], object]
+"""Told of events as they become visible, and of how many bytes they have; must not raise."""
+
 
 @attrs.define(eq=False, repr=False)
 class Log:
@@ -207,6 +210,8 @@ class Log:
 
     Attributes:
         run_id: Whose it is.
+        path: Who speaks in it, below the run that a client has started.
+        follow: Told of whatever becomes visible.
         events: What was appended; event n is `events[n - 1]`.
         end: How many of them readers may see.
         size: Bytes of all of them as JSON.
@@ -215,10 +220,13 @@ class Log:
 
     run_id: str
     stamps: Stamps = attrs.field(factory=Stamps)
+    path: tuple[str, ...] = ()
+    follow: Follow | None = None
     events: list[AnyEvent] = attrs.field(factory=list)
     end: int = 0
     size: int = 0
     closed: bool = False
+    _followed: int = 0  # bytes that `follow` was told of
     _scratch: bytearray = attrs.field(factory=bytearray)
     _waiting: "set[Reader]" = attrs.field(factory=set)
     _renderings: "dict[Hashable, Rendering]" = attrs.field(factory=dict)
@@ -238,6 +246,8 @@ class Log:
         force_setattr(event, "run_id", self.run_id)
         force_setattr(event, "seq", seq)
         force_setattr(event, "ts", self.stamps.now())
+        if self.path:
+            force_setattr(event, "path", self.path)
         encode_event_into(event, scratch)  # raises before anything is kept
         self.size += len(scratch)
         events.append(event)
@@ -245,7 +255,10 @@ class Log:
 
     def commit(self, end: int) -> None:
         """Make everything up to event `end` visible, and wake the readers that wait."""
-        self.end = end
+        seen, self.end = self.end, end
+        if self.follow is not None and end > seen:
+            size, self._followed = self.size - self._followed, self.size
+            self.follow(self.events[seen:end], size)
         if self._waiting:
             waiting, self._waiting = self._waiting, set()
             for reader in waiting:
@@ -266,19 +279,31 @@ class Log:
         """Whether somebody reads it in this way."""
         return key in self._renderings
 
-    def attach(self, key: Hashable, make: Callable[[], Encoder], after: Position) -> "Reader":
+    def attach(
+        self,
+        key: Hashable,
+        make: Callable[[], Encoder],
+        after: Position,
+        *,
+        ends_at: frozenset[type[AnyEvent]] = frozenset(),
+        reads_on: bool = False,
+    ) -> "Reader":
         """Open a reader behind `after`; whoever opens it detaches it.
 
         Args:
             key: Names the dialect and its options: readers with equal keys share one rendering.
             make: Makes the encoder, where nobody reads in that way yet.
             after: Where to begin; `START` for everything.
+            ends_at: Events behind whose frames a reader is finished, though the log is not. Each
+                has a frame, and whoever begins behind it reads on to the next one. The same for all
+                readers with one key.
+            reads_on: This reader goes on to the end of the log all the same.
         """
         rendering = self._renderings.get(key)
         if rendering is None:
-            rendering = self._renderings[key] = Rendering(self, key, make())
+            rendering = self._renderings[key] = Rendering(self, key, make(), ends_at)
         rendering.readers += 1
-        return Reader(self, rendering, after)
+        return Reader(self, rendering, after, reads_on)
 
     def detach(self, reader: "Reader") -> None:
         """Forget a reader, and its rendering with the last one."""
@@ -300,10 +325,12 @@ class Rendering:
     log: Log
     key: Hashable
     encoder: Encoder
+    ends_at: frozenset[type[AnyEvent]] = frozenset()
     readers: int = 0
     frames: list[bytes] = attrs.field(factory=list)
     offsets: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # bytes before frame i
     ends: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # frames up to event i
+    stops: list[int] = attrs.field(factory=list)  # frames up to where a reader is finished
 
     @property
     def rendered(self) -> int:
@@ -321,6 +348,8 @@ class Rendering:
                 frames.append(frame)
                 offsets.append(total)
             ends.append(len(frames))
+            if type(event) in self.ends_at:
+                self.stops.append(len(frames))
             if total >= enough:
                 break
 
@@ -334,65 +363,21 @@ class Rendering:
 
 
 @attrs.define(eq=False, repr=False)
-class Reader:
-    """A cursor in a rendering, and the bell that says there is more.
-
-    A task that writes owns it: `take` until nothing comes, then `wait`, then again.
+class Bell:
+    """What wakes the one task that writes a stream: a memory channel with one slot.
 
     Attributes:
-        closing: Why the server wants this stream to end before the log does, once it does.
+        closing: Why the server wants this stream to end before there is nothing left, once it does.
         beat: Whether it was rung because the line has been silent for long.
     """
 
-    log: Log
-    rendering: Rendering
-    after: Position
-    closing: CloseReason | None = None
-    beat: bool = False
-    _cursor: int | None = None
+    closing: CloseReason | None = attrs.field(default=None, init=False)
+    beat: bool = attrs.field(default=False, init=False)
     _bell: trio.MemorySendChannel[None] = attrs.field(init=False)
     _rung: trio.MemoryReceiveChannel[None] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._bell, self._rung = trio.open_memory_channel[None](1)
-
-    def take(self) -> bytes:
-        """Take the next frames, and move behind them.
-
-        Returns:
-            Whole frames, joined: at most 64 KiB, or one frame that is larger. Empty if there is
-            nothing to send now; if `is_behind` then says so, only the encoding has got further.
-        """
-        rendering = self.rendering
-        if self._next() is None:
-            rendering.extend()
-        if (start := self._next()) is None:
-            return b""
-        offsets = rendering.offsets
-        stop = max(bisect_right(offsets, offsets[start] + MAX_WRITE) - 1, start + 1)
-        self._cursor = stop
-        return b"".join(rendering.frames[start:stop])
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether something visible has not been taken yet."""
-        return self.rendering.rendered < self.log.end or self._next() is not None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last frame there will ever be has been taken."""
-        return self.log.closed and not self.is_behind
-
-    async def wait(self) -> None:
-        """Wait until there is something to take, the log is closed, or somebody rings.
-
-        Cancelling it loses nothing: what there is to take is in the log.
-        """
-        if self.is_behind or self.log.closed:  # since the last take
-            self.ring()
-        else:
-            self.log.wake_on_commit(self)
-        await self._rung.receive()
 
     def ring(self) -> None:
         """Wake the reader; a bell that has been rung already is left alone."""
@@ -412,13 +397,87 @@ class Reader:
             self.closing = reason
         self.ring()
 
+    async def wait_rung(self) -> None:
+        """Wait until somebody rings."""
+        await self._rung.receive()
+
+
+@attrs.define(eq=False, repr=False)
+class Reader(Bell):
+    """A cursor in a rendering, and the bell that says there is more.
+
+    A task that writes owns it: `take` until nothing comes, then `wait`, then again.
+    """
+
+    log: Log
+    rendering: Rendering
+    after: Position
+    reads_on: bool = False
+    _cursor: int | None = None
+    _began: int = 0
+
+    def take(self) -> bytes:
+        """Take the next frames, and move behind them.
+
+        Returns:
+            Whole frames, joined: at most 64 KiB, or one frame that is larger. Empty if there is
+            nothing to send now; if `is_behind` then says so, only the encoding has got further.
+        """
+        rendering = self.rendering
+        if self._next() is None:
+            rendering.extend()
+        if (start := self._next()) is None:
+            return b""
+        offsets = rendering.offsets
+        stop = max(bisect_right(offsets, offsets[start] + MAX_WRITE) - 1, start + 1)
+        if rendering.stops and (end := self._end()) is not None:
+            stop = min(stop, end)
+        self._cursor = stop
+        return b"".join(rendering.frames[start:stop])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something visible has not been taken yet."""
+        if self.rendering.stops and self._is_at_end():
+            return False
+        return self.rendering.rendered < self.log.end or self._next() is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last frame there will ever be for this reader has been taken."""
+        if self.rendering.stops and self._is_at_end():
+            return True
+        return self.log.closed and not self.is_behind
+
+    async def wait(self) -> None:
+        """Wait until there is something to take, the log is closed, or somebody rings.
+
+        Cancelling it loses nothing: what there is to take is in the log.
+        """
+        if self.is_behind or self.log.closed:  # since the last take
+            self.ring()
+        else:
+            self.log.wake_on_commit(self)
+        await self.wait_rung()
+
     def _next(self) -> int | None:
         """The next frame to take, or None while it has not been made."""
-        if self._cursor is None:
-            self._cursor = self.rendering.locate(self.after)
-        if self._cursor is None or self._cursor >= len(self.rendering.frames):
+        if self._cursor is None and (place := self.rendering.locate(self.after)) is not None:
+            self._cursor = self._began = place
+        if self._cursor is None or self._cursor >= len(self.rendering.frames) or self._is_at_end():
             return None
         return self._cursor
+
+    def _end(self) -> int | None:
+        """Frames up to where this reader is finished before the log is, once that is known."""
+        if self.reads_on:
+            return None
+        stops = self.rendering.stops
+        place = bisect_right(stops, self._began)
+        return stops[place] if place < len(stops) else None
+
+    def _is_at_end(self) -> bool:
+        return self._cursor is not None and self._cursor == self._end()
 
 
 @attrs.define(eq=False, repr=False)

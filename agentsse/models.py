@@ -34,6 +34,7 @@ from .events import (
     encode_json,
     well_formed,
 )
+from .markdown import closing
 from .providers import (
     MAX_CALLS,
     AssistantMessage,
@@ -91,24 +92,38 @@ class ModelLoop:
         """All that may be asked, in their order."""
         return (self.model, *self.fallbacks)
 
+    @property
+    def wanted_providers(self) -> frozenset[str]:
+        """The names of the providers that the server must know for it."""
+        names = [model.partition(":")[0] for model in self.models]
+        return frozenset(names) - (set() if self.provider is None else {names[0]})
+
     async def __call__(self, run: RunContext, input: Any) -> str:
         """Converse until the model answers without a tool call; the text is the result.
+
+        What people say meanwhile it is told after the round of tools that it is in, or the rest;
+        what they say later than that, and follow-ups, when it would have ended. What comes too late
+        for its last call it leaves for whoever runs next.
 
         Raises:
             AgentError: It went round in circles, or made too many calls.
             ProviderError: No model could be asked, or one broke off after it had shown something.
         """
-        system = (SystemMessage(self.instructions),) if self.instructions else ()
         # A function may call this one within its own run: what is said then is not that run's.
         is_own = run.agent.function is self
+        instructions = (run.instructions if is_own else None) or self.instructions
+        system = (SystemMessage(instructions),) if instructions else ()
+        own_tools = self.tools if run.uses_tools or not is_own else ()
         history, conversation = (run.history, run.conversation) if is_own else ((), [])
         conversation.append(UserMessage(input if isinstance(input, str) else _as_json(input)))
-        tools = tuple(ToolSpec(t.name, t.description, t.parameters) for t in self.tools)
+        tools = tuple(ToolSpec(t.name, t.description, t.parameters) for t in own_tools)
         guard, gauge = LoopGuard(), Gauge(self.context_window)
         async with AsyncExitStack() as stack:
             known = {m.call_id for m in history if isinstance(m, ToolMessage)}
             turn = _Turn(run, self, stack, conversation, call_ids=known, told=len(history))
-            for _ in range(run.limits.max_steps):
+            for left in reversed(range(run.limits.max_steps)):
+                if await run.rest_while_paused():
+                    conversation += map(UserMessage, run.take_messages("steer"))
                 messages = (*system, *history, *conversation)
                 said = await turn.ask(messages, tools)
                 run.usage += said.finish.usage
@@ -120,16 +135,21 @@ class ModelLoop:
                 if (usage := gauge.read(said.finish, messages)) is not None:
                     run.append(usage)
                 if not said.tool_calls:
-                    return said.text
+                    if not left or not (heard := run.take_messages()):
+                        return said.text
+                    conversation += map(UserMessage, heard)
+                    continue
                 answers: dict[int, Answered] = {}
                 try:
                     with run.step("tools", kind="tool_round"), _unless_stalled(run, _stalled):
-                        await _call_tools(run, self.tools, said.tool_calls, answers)
+                        await _call_tools(run, own_tools, said.tool_calls, answers)
                 finally:  # those that have answered did, whatever becomes of the others
                     in_order = [answers[index] for index in sorted(answers)]
                     conversation += [answer.message for answer in in_order]
                 if (circle := guard.note(said.tool_calls, in_order)) is not None:
                     conversation.append(_judge(run, circle))
+                if left:
+                    conversation += map(UserMessage, run.take_messages("steer"))
         raise AgentError(
             f"expected an answer within {run.limits.max_steps} model calls, got only tool calls",
             code="too_many_steps",
@@ -315,7 +335,7 @@ class _ModelCall:
             if started is not None:
                 self.run.append(_broken_off(call_id, started.name))
         if not self._is_closed and (text := "".join(self._text)):
-            self.conversation.append(AssistantMessage(text))
+            self.conversation.append(AssistantMessage(mended(text)))
 
     def _take(self, produced: Produced) -> None:
         match produced:
@@ -571,6 +591,11 @@ def _unanswered(call: ToolCall) -> ToolMessage:
 def size_of(conversation: Sequence[Message]) -> int:
     """About how many bytes a conversation takes."""
     return sum(map(_size, conversation))
+
+
+def mended(text: str) -> str:
+    """A text that was cut off, with an end to the markdown that is open in it."""
+    return text + closing(text)
 
 
 def _as_json(value: Any) -> str:

@@ -18,7 +18,7 @@ import secrets
 import traceback
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import chain
 from typing import Any, Literal, assert_never
@@ -42,6 +42,9 @@ from .errors import (
 )
 from .events import (
     NULL,
+    AgentFinished,
+    AgentStarted,
+    AnyEvent,
     Cause,
     Outcome,
     PartDelta,
@@ -55,8 +58,21 @@ from .events import (
     decode_json,
     encode_json,
 )
-from .log import CloseReason, Coalescer, Due, Lag, Log, Position, Reader, Stamps, Timer
-from .models import size_of, well_ended
+from .feed import Feed
+from .log import (
+    DELTAS,
+    CloseReason,
+    Coalescer,
+    Due,
+    Follow,
+    Lag,
+    Log,
+    Position,
+    Reader,
+    Stamps,
+    Timer,
+)
+from .models import mended, size_of, well_ended
 from .providers import AssistantMessage, Message, Provider, UserMessage
 from .stores.memory import MemoryStore
 
@@ -114,10 +130,50 @@ class _Signal:
 
 
 @attrs.define(eq=False, repr=False)
+class Thread:
+    """A conversation: its runs, and the feed of all that happens in them.
+
+    Attributes:
+        active: Runs that go on or wait for their turn, in their order.
+        kept: Those that are over and still retained.
+        workers: Child runs of either, at any depth.
+        holders: Whoever wants it to stay although there is no run: readers, an open session.
+        is_closed: Whether it was closed: its feed is over with the last run that goes on.
+    """
+
+    id: str
+    feed: Feed
+    created: str
+    active: "list[Run]" = attrs.field(factory=list)
+    kept: "list[Run]" = attrs.field(factory=list)
+    workers: "list[Run]" = attrs.field(factory=list)
+    holders: set[object] = attrs.field(factory=set)
+    is_closed: bool = False
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that was said to it has not been heard yet."""
+        return any(not run.holds_place or run.context.has_unheard for run in self.active)
+
+    @property
+    def run(self) -> "Run | None":
+        """The run that goes on, else the first that waits for its turn, else the last one kept."""
+        going_on = (run for run in self.active if run.holds_place)
+        return next(chain(going_on, self.active, reversed(self.kept)), None)
+
+    @property
+    def running(self) -> "Run | None":
+        """The run that goes on and has not been asked to end."""
+        run = next((run for run in self.active if run.holds_place), None)
+        return None if run is None or run.state == "cancelling" else run
+
+
+@attrs.define(eq=False, repr=False)
 class Run:
     """One execution of an agent: a log, a cancel scope, a nursery, and those who watch.
 
     Attributes:
+        home: The thread whose feed tells of it; a child run's is that of the run above.
         done: Set when the run is over: its nursery has exited and its last event is in the log.
         conversation: What later runs of its thread are told of it, once it is over.
     """
@@ -128,20 +184,24 @@ class Run:
     input: Raw
     metadata: Raw
     thread_id: str | None
+    parent: "Run | None"  # while it goes on
     parent_id: str | None
     log: Log
     timeout: float
     created: str
     owner: "Runs"
     context: RunContext = attrs.field(init=False)
+    home: Thread | None = None
     depth: int = 0
     started: str | None = None
     finished: str | None = None
     end: RunFinished | None = None
     conversation: tuple[Message, ...] = ()
     conversation_size: int = 0
+    shown: str | None = None  # of what was said to begin it
     done: trio.Event = attrs.field(factory=trio.Event)
     children: "set[Run]" = attrs.field(factory=set)
+    made: int = 0  # children, ever
     idempotency: tuple[str, bytes] | None = None
     holds_place: bool = False  # of max_running; child runs and queued ones hold none
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
@@ -151,11 +211,13 @@ class Run:
     _signal: _Signal | None = None
     _holders: set[object] = attrs.field(factory=set)
     _left: bool = False
+    _is_paused: bool = False
     _grace: Due | None = None
     _deadline: Due | None = None
     _input_deadline: Due | None = None
     _overdue: Due | None = None
     _full: str | None = None
+    _asking: trio.Event | None = None
     _began: float = attrs.field(factory=trio.current_time)
 
     def __repr__(self) -> str:
@@ -170,12 +232,25 @@ class Run:
             return "cancelling"
         if self.started is None:
             return "queued"
-        return "waiting" if self.context.asked else "running"
+        if self.context.asked:
+            return "waiting"
+        return "paused" if self.context.is_resting else "running"
 
     # Those who watch
 
-    def attach(self, key: Hashable, make: Callable[[], Encoder], after: Position) -> Reader:
+    def attach(
+        self,
+        key: Hashable,
+        make: Callable[[], Encoder],
+        after: Position,
+        *,
+        ends_at: frozenset[type[AnyEvent]] = frozenset(),
+        reads_on: bool = False,
+        is_plain: bool = False,
+    ) -> Reader:
         """Open a reader behind `after`; it holds the run until `detach`.
+
+        With `is_plain` it reads without a filter, for which there is always room.
 
         Raises:
             BadRequest: The place is past the end of the log.
@@ -186,12 +261,12 @@ class Run:
                 f"expected a place in the run's {self.log.end} events, "
                 f"got {after.seq}{f'.{after.part}' if after.part else ''}; 0 stands for all of them"
             )
-        if self.log.ways >= MAX_WAYS and not self.log.is_read_by(key):
+        if self.log.ways >= MAX_WAYS and not (is_plain or self.log.is_read_by(key)):
             raise Overloaded(
                 f"the run is read in {self.log.ways} ways already, each a copy of its frames: "
                 "use one of the filters in use, or none"
             )
-        reader = self.log.attach(key, make, after)
+        reader = self.log.attach(key, make, after, ends_at=ends_at, reads_on=reads_on)
         self.hold(reader)
         return reader
 
@@ -305,6 +380,26 @@ class Run:
             hint="something in it shields itself from cancellation for longer than its cleanup",
         )
 
+    def pause(self, reason: str | None = None) -> None:
+        """Ask the run, and all below it, to rest before the next step.
+
+        Raises:
+            Conflict: It is over.
+        """
+        if self.log.closed:
+            raise Conflict(f"expected a run that goes on, got {self.id}, which is over")
+        self._is_paused = True  # with all below it, unlike one that pauses itself
+        self.context.pause(reason)
+        for child in self.children:
+            child.pause(reason)
+
+    def resume(self) -> None:
+        """Let the run go on, with all below it; nothing where it was not asked to rest."""
+        self._is_paused = False
+        self.context.resume()
+        for child in self.children:
+            child.resume()
+
     # What the run's context asks for
 
     def report_crash(self, error: BaseException, where: str, /) -> None:
@@ -316,10 +411,24 @@ class Run:
         self._full = what
         self.cancel("limit")
 
+    async def wait_done_or_asking(self) -> None:
+        """Wait until the run is over, or waits for a person itself."""
+        await trio.lowlevel.checkpoint()
+        while not (self.done.is_set() or self.context.asked):
+            if self._asking is None:
+                self._asking = trio.Event()
+            await self._asking.wait()
+
+    def _wake_waiting(self) -> None:
+        if self._asking is not None:
+            self._asking.set()
+            self._asking = None
+
     def input_changed(self) -> None:
         """Watch the time while a person is asked; then see whether anybody is still there."""
         self._stop(self._input_deadline)
         if self.context.asked:
+            self._wake_waiting()
             self._stop(self._grace)
             since = next(iter(self.context.asked.values())).since  # the first one asked
             until = since + self.owner.limits.input_timeout
@@ -329,24 +438,53 @@ class Run:
         elif self._left and not self._holders:
             self._abandon(self._at_least_second_chance())
 
-    async def run_child(
-        self, agent: Agent | str, input: Any, *, started: Callable[[str, str], None]
-    ) -> Any:
-        """Run an agent below this run, in the calling task, and return its result."""
+    def make_child(self, agent: Agent | str, input: Any, /) -> "Run":
+        """Make a run below this one, which has begun; `run_below` sees it to its end."""
         child = self.owner.make_child(self, agent, input)
-        started(child.agent.name, child.id)
         self.children.add(child)
+        if self._is_paused:
+            child.pause()
+        return child
+
+    # What the run above asks for
+
+    def begun(self) -> AgentStarted:
+        """How the run above tells that this one has begun."""
+        return AgentStarted(agent=self.agent.name, child_run_id=self.id, input=self.input)
+
+    def reported(self, problem: Problem | None, /) -> AgentFinished:
+        """How the run above tells that this one is over."""
+        end = self.end
+        if end is not None and end.outcome == "success":
+            problem = None  # the run above may have been cancelled in the meantime
+        return AgentFinished(
+            agent=self.agent.name,
+            child_run_id=self.id,
+            report=end.result if end is not None else UNSET,
+            error=problem,
+            usage=end.usage if end is not None else None,
+            seconds=round(trio.current_time() - self._began, 6),
+        )
+
+    async def run_below(self) -> Any:
+        """Run to the end in the calling task, and return the result.
+
+        Raises:
+            AgentError: It ended in any other way than with success.
+        """
+        parent = self.parent
+        assert parent is not None
         try:
-            await child.supervise()
+            await self.supervise()
         finally:
-            self.children.discard(child)
+            parent.children.discard(self)
         await trio.lowlevel.checkpoint_if_cancelled()
-        end = child.end
+        end = self.end
         assert end is not None
         if end.outcome != "success":
             said = end.error.message if end.error else f"it was {end.outcome}"
-            raise AgentError(f"the child run {child.id} of {child.agent.name!r}: {said}")
-        return child.result
+            raise AgentError(f"the child run {self.id} of {self.agent.name!r}: {said}")
+        return self.result
 
     @property
     def result(self) -> Any:
@@ -369,6 +507,8 @@ class Run:
                 parent_run_id=self.parent_id,
             )
         )
+        if self.shown is not None:
+            self.context.tell_of_message(self.shown, "steer")
         self._deadline = self.owner.timer.call_at(
             trio.current_time() + self.timeout, lambda: self.cancel("deadline")
         )
@@ -416,6 +556,7 @@ class Run:
         try:
             end = self._make_end(result, error)
             self.context.finish_parts()
+            self.context.finish_tools()
             self.context.writer.append(end)
         except Exception as unfit:  # noqa: BLE001  # an agent may have put anything into its usage
             self.report_crash(unfit, f"the end of {self.agent.name!r}")
@@ -430,9 +571,15 @@ class Run:
         if self.thread_id is not None and self.holds_place:  # else nobody has heard of it
             self._remember(end)
         self._report_end(end)
+        unheard = self.context.take_messages()
         self.owner.retire(self)
+        self.parent = None  # or what is kept of this one would keep that one
         self.done.set()
+        self._wake_waiting()
         self.context.dissolve()
+        # Whoever cancels a run takes back what was said to it; who only leaves it does not.
+        if unheard and end.receipt.cause not in ("client_cancel", "parent", "shutdown"):
+            self.owner.unheard(self, unheard)
 
     def _make_end(self, result: Raw | None, error: BaseException | None) -> RunFinished:
         problem = self._problem(error)
@@ -520,10 +667,11 @@ class Run:
             usage=end.usage if end else self.context.usage,
             receipt=end.receipt if end else None,
             events=self.log.end,
-            questions=tuple(asked.event for asked in self.context.asked.values()),
+            questions=self.context.open_questions(),
             input=UNSET if brief else self.input,
             metadata=UNSET if brief else self.metadata,
             output=UNSET if brief else self._output(),
+            values=UNSET if brief else self.context.values_json(),
         )
 
     def _remember(self, end: RunFinished) -> None:
@@ -541,7 +689,7 @@ class Run:
         """What was said: by a model's own account, else the input and the text that came of it."""
         if self.context.conversation:
             return well_ended(self.context.conversation)
-        said = self._output()
+        said = self._output() if end.outcome == "success" else mended(self._output())
         if not said and end.result is not UNSET:
             said = _as_text(end.result)
         question = UserMessage(_as_text(self.input))
@@ -602,11 +750,12 @@ class Runs:
     lag: Lag = attrs.field(factory=Lag)
     stamps: Stamps = attrs.field(factory=Stamps)
     is_closing: bool = False
+    unheard: Callable[[Run, list[str]], object] = lambda _run, _messages: None
+    """Told of what was said to a run that ended before it had listened."""
     _active: dict[str, Run] = attrs.field(factory=dict)
     _queue: dict[Run, None] = attrs.field(factory=dict)  # in their order
     _running: Counter[str] = attrs.field(factory=Counter)  # by agent, child runs not counted
-    _threads: dict[str, list[Run]] = attrs.field(factory=dict)  # by thread id, in their order
-    _told: dict[str, list[Run]] = attrs.field(factory=dict)  # retained ones, by thread id
+    threads: dict[str, Thread] = attrs.field(factory=dict)
     _keys: dict[str, Run] = attrs.field(factory=dict)  # idempotency keys
     _finished: Counter[Outcome] = attrs.field(factory=Counter)
     _events: int = 0
@@ -614,6 +763,7 @@ class Runs:
     _teardown_seconds: float = 0.0
     _expiry: Due | None = None
     _idle: trio.Event | None = None
+    feed: Feed = attrs.field(init=False)
     _kept: MemoryStore[Run] = attrs.field(init=False)
     _limiter: trio.CapacityLimiter = attrs.field(init=False)
 
@@ -621,13 +771,15 @@ class Runs:
         limits = self.limits
         self._kept = MemoryStore(limits.retain_runs, limits.retain_bytes, limits.retain_age)
         self._limiter = trio.CapacityLimiter(limits.max_threads)
+        self.feed = Feed(self.stamps)
 
-    def start(self, order: Start, *, default: str) -> tuple[Run, bool]:
+    def start(self, order: Start, *, default: str, agent: str | None = None) -> tuple[Run, bool]:
         """Start a run, or queue it; sync, so that a reader can be attached in the same step.
 
         Args:
             order: What the client asked for.
             default: The policy where neither the client nor the agent names one.
+            agent: Who runs where the client names nobody; the server's first one unless given.
 
         Returns:
             The run, and whether it is new: the same idempotency key finds the same run again.
@@ -639,8 +791,8 @@ class Runs:
             KeyReused: The key came before with another body.
             Overloaded: The queue is full, or the server is about to stop.
         """
-        agent = self.find_agent(order.agent)
-        key = f"{agent.name}\n{order.idempotency_key}" if order.idempotency_key else None
+        chosen = self.choose_agent(order.agent, *order.otherwise, default=agent)
+        key = f"{chosen.name}\n{order.idempotency_key}" if order.idempotency_key else None
         if key is not None and (known := self._keys.get(key)) is not None:
             if known.idempotency != (key, order.fingerprint):
                 raise KeyReused(
@@ -651,15 +803,20 @@ class Runs:
         if self.is_closing:
             raise Overloaded("the server is about to stop; try again when it is back", 5)
         policy = Policy.parse(
-            order.on_disconnect or agent.on_disconnect or default, self.limits.grace
+            order.on_disconnect or chosen.on_disconnect or default, self.limits.grace
         )
-        busy = () if order.thread_id is None else self._threads.get(order.thread_id, ())
+        thread = self.find_thread(order.thread_id)
+        busy = thread.active if thread is not None else ()
         if busy and order.if_busy == "reject":
             raise Conflict(
                 f"the thread {order.thread_id!r} is busy with the run {busy[0].id}: wait for its "
                 'end, cancel it, or send "if_busy": "enqueue"'
             )
-        run = self._make(agent, order.input, policy=policy, order=order)
+        if order.run_id in self._active or (order.run_id and self._kept.find(order.run_id)):
+            raise Conflict(
+                f"expected the id of a new run, got {order.run_id[:80]!r}, which there is already"
+            )
+        run = self._make(chosen, order.input, policy=policy, order=order)
         if len(self._queue) >= self.limits.max_queued and not self._has_room(run):
             raise Overloaded(
                 f"all places are taken and {len(self._queue)} runs are waiting; try again later"
@@ -669,7 +826,9 @@ class Runs:
             self._keys[key] = run
         self._active[run.id] = run
         if run.thread_id is not None:
-            self._threads.setdefault(run.thread_id, []).append(run)
+            run.home = self.open_thread(run.thread_id)
+            run.home.active.append(run)
+            run.log.follow = self._follow(run.home)
         self._queue[run] = None
         self._admit()
         return run, True
@@ -685,6 +844,10 @@ class Runs:
             )
         child = self._make(agent, input, policy=Policy("continue"), parent=parent)
         self._active[child.id] = child
+        if (home := parent.home) is not None:
+            child.home = home
+            home.workers.append(child)
+            child.log.follow = self._follow(home)
         child.begin()
         return child
 
@@ -709,13 +872,83 @@ class Runs:
             raise NotFound(f"expected one of the agents {known}, got {name[:80]!r}")
         return agent
 
+    def choose_agent(self, name: str | None, *otherwise: str, default: str | None = None) -> Agent:
+        """The first of these agents that there is, each by its name or the model it runs on.
+
+        Args:
+            name: None where whoever there is will do in the end.
+            otherwise: More names.
+            default: Who that is; the server's first agent unless given.
+
+        Raises:
+            NotFound: There is none of them.
+        """
+        wanted = otherwise if name is None else (name, *otherwise)
+        for each in wanted:
+            if each in self.agents:
+                return self.agents[each]
+            for agent in self.agents.values():
+                if agent.model == each:
+                    return agent
+        return self.find_agent(name or default or next(iter(self.agents), "(none)"))
+
+    def find_thread(self, thread_id: str | None) -> Thread | None:
+        """The thread of that id, if there is one."""
+        return None if thread_id is None else self.threads.get(thread_id)
+
+    def open_thread(self, thread_id: str) -> Thread:
+        """The thread of that id, made where there is none; it stays as long as something is in it.
+
+        What is not a run's is put into its `holders`, and `drop_thread` is called afterwards.
+        """
+        thread = self.threads.get(thread_id)
+        if thread is None:
+            thread = Thread(thread_id, Feed(self.stamps), self.stamps.now())
+            self.threads[thread_id] = thread
+        return thread
+
+    def drop_thread(self, thread: Thread) -> None:
+        """Forget a thread, unless something is in it."""
+        if not (thread.active or thread.kept or thread.workers or thread.holders):
+            self.forget_thread(thread)
+
+    def close_thread(self, thread: Thread) -> None:
+        """Forget a thread; its feed is over when nothing goes on in it any more."""
+        thread.is_closed = True
+        self.forget_thread(thread)
+        if not thread.active:
+            thread.feed.finish()
+
+    def forget_thread(self, thread: Thread) -> None:
+        """Forget a thread with all that was said in it; its runs are kept as long as others."""
+        if self.threads.get(thread.id) is thread:
+            del self.threads[thread.id]
+
+    def _follow(self, thread: Thread | None) -> Follow:
+        """Who is told of what a run says: its thread's feed, and the server's once it is used."""
+        feed = self.feed
+
+        def tell(events: Sequence[AnyEvent], size: int) -> None:
+            if thread is not None:
+                thread.feed.extend(events, size)
+            if feed.is_used and (told := [e for e in events if type(e) not in DELTAS]):
+                feed.extend(told, size * len(told) // len(events))
+
+        return tell
+
     def __iter__(self) -> Iterator[Run]:
         """Every run there is, the newest first of those that go on, then of those that are over."""
         return chain(reversed(self._active.values()), self._kept)
 
+    def refuse(self) -> None:
+        """Start nothing any more, and end the streams of all feeds: they would go on for ever."""
+        self.is_closing = True
+        for feed in (self.feed, *(thread.feed for thread in self.threads.values())):
+            feed.close("shutdown")
+
     def close(self, cause: Cause = "shutdown") -> None:
         """Start nothing any more, and cancel what goes on; `wait_idle` says when it is gone."""
-        self.is_closing = True
+        self.refuse()
         queued_first = [*self._queue, *self._active.values()]  # or they would be let in one by one
         for run in queued_first:
             if run.parent_id is None:
@@ -768,16 +1001,15 @@ class Runs:
         if end.receipt.cause is not None:
             self._teardowns[bisect_left(TEARDOWN_BUCKETS, end.receipt.seconds)] += 1
             self._teardown_seconds += end.receipt.seconds
-        if run.thread_id is not None:
-            self._threads[run.thread_id].remove(run)
-            if not self._threads[run.thread_id]:
-                del self._threads[run.thread_id]
+        if run.thread_id is not None and run.home is not None:
+            run.home.active.remove(run)
+            run.home.kept.append(run)
+            if run.home.is_closed and not run.home.active:
+                run.home.feed.finish()
         if run.holds_place:
             self._running[run.agent.name] -= 1
         now = trio.current_time()
         size = run.log.size + len(bytes(run.metadata)) + run.conversation_size
-        if run.thread_id is not None:
-            self._told.setdefault(run.thread_id, []).append(run)
         self._forget(self._kept.keep(run.id, run, size=size, now=now))
         if self._expiry is None:
             self._expiry = self.timer.call_at(now + self.limits.retain_age, self._expire)
@@ -796,13 +1028,18 @@ class Runs:
         parent: Run | None = None,
     ) -> Run:
         limits = self.limits
-        run_id = secrets.token_hex(ID_BYTES)
-        log = Log(run_id, self.stamps)
+        run_id = (order and order.run_id) or secrets.token_hex(ID_BYTES)
+        path: tuple[str, ...] = ()
+        if parent is not None:
+            parent.made += 1
+            path = (*parent.log.path, f"{agent.name}:{parent.made}")
+        log = Log(run_id, self.stamps, path, self._follow(None))
         metadata = order.metadata if order else None
         try:
             encoded = encode_json(input, what="the input")
             encoded_metadata = encode_json(metadata, what="metadata")
             encode_json(order.thread_id if order else None, what="thread_id")
+            encode_json(run_id, what="run_id")
         except Unencodable as error:
             raise BadRequest(error.message) from error
         own = order.timeout if order else None
@@ -812,8 +1049,10 @@ class Runs:
             policy=policy,
             input=encoded,
             metadata=encoded_metadata,
-            thread_id=order.thread_id if order else None,
+            thread_id=_thread_id(order, run_id),
+            parent=parent,
             parent_id=parent.id if parent else None,
+            shown=order.shown if order else None,
             depth=parent.depth + 1 if parent else 0,
             log=log,
             timeout=min(t for t in (own, agent.timeout, limits.run_timeout) if t is not None),
@@ -832,6 +1071,8 @@ class Runs:
             limiter=self._limiter,
             providers=self.providers,
             limits=limits,
+            instructions=order.instructions if order else None,
+            uses_tools=order.uses_tools if order else True,
         )
         return run
 
@@ -841,9 +1082,8 @@ class Runs:
         own = run.agent.max_running
         if own is not None and self._running[run.agent.name] >= own:
             return False
-        return run.thread_id is None or not any(
-            other.holds_place for other in self._threads.get(run.thread_id, ())
-        )
+        thread = self.find_thread(run.thread_id)
+        return thread is None or not any(other.holds_place for other in thread.active)
 
     def _admit(self) -> None:
         """Start those in the queue that there is room for, in their order."""
@@ -852,9 +1092,9 @@ class Runs:
             run.holds_place = True
             self._running[run.agent.name] += 1
             run.begin()
-            if run.thread_id is not None:
-                told = self._told.get(run.thread_id, ())
-                run.context.history = tuple(m for other in told for m in other.conversation)
+            if run.home is not None:
+                told = (message for other in run.home.kept for message in other.conversation)
+                run.context.history = tuple(told)
             # In a clean context: else the run would pin the request that started it, 35 KiB.
             contextvars.Context().run(
                 functools.partial(
@@ -876,10 +1116,9 @@ class Runs:
         for run in evicted:
             if run.idempotency is not None:
                 self._keys.pop(run.idempotency[0], None)
-            if run.thread_id is not None:
-                self._told[run.thread_id].remove(run)
-                if not self._told[run.thread_id]:
-                    del self._told[run.thread_id]
+            if (home := run.home) is not None:
+                (home.workers if run.parent_id else home.kept).remove(run)
+                self.drop_thread(home)
 
 
 @asynccontextmanager
@@ -923,6 +1162,12 @@ def _report_crash(report: Callable[..., object], error: BaseException, **facts: 
         error=type(unwrapped(error)).__name__,
         traceback=redact("".join(traceback.format_exception(error))),
     )
+
+
+def _thread_id(order: Start | None, run_id: str) -> str | None:
+    if order is None:
+        return None
+    return run_id if order.makes_thread and order.thread_id is None else order.thread_id
 
 
 def _as_text(value: Raw) -> str:

@@ -29,7 +29,7 @@ import attrs
 import trio
 
 from .agents import Agent
-from .app import AgentsseApp, AppOptions
+from .app import AgentsseApp, AppOptions, claim_paths
 from .config import AgentSettings, ProviderSettings, Settings, load_object
 from .context import Limits
 from .dialects import Dialect
@@ -77,7 +77,7 @@ class Server:
             The runs that have outlived it: each shields itself from cancellation.
         """
         until = trio.current_time() + seconds
-        self.runs.is_closing = True
+        self.runs.refuse()
         with trio.move_on_at(until - min(MIN_CLEANUP, seconds / 2)):
             await self.runs.wait_idle()
         self.runs.close("shutdown")
@@ -92,6 +92,7 @@ async def open_server(
     settings: Settings | None = None,
     *,
     providers: Mapping[str, Provider] | None = None,
+    dialects: Sequence[Dialect] | None = None,
     report: Report = lambda *_args, **_facts: None,
 ) -> AsyncIterator[Server]:
     """Open a server; leaving the context ends its runs, then its connections.
@@ -100,6 +101,7 @@ async def open_server(
         agents: What can be run; their names must differ.
         settings: All that can be set; port 0 finds a free one.
         providers: Model APIs by name, beside those of the settings and those that are built in.
+        dialects: The client protocols to speak; all there are unless given.
         report: Called with an event's name and facts, for the log; what it raises is dropped.
 
     Raises:
@@ -108,7 +110,8 @@ async def open_server(
         ExceptionGroup: As nurseries do, it wraps what the block raises.
     """
     settings, report = settings or Settings(), contained(report)
-    check_settings(settings, agents, providers=providers)
+    dialects = DIALECTS if dialects is None else dialects
+    check_settings(settings, agents, providers=providers, dialects=dialects)
     by_name = {agent.name: agent for agent in agents}
     offered = _offered(settings, agents, providers)
     options = _listener_options(settings)
@@ -121,7 +124,7 @@ async def open_server(
         ) as runs:
             app = AgentsseApp(
                 runs,
-                _mounted(settings),
+                _mounted(settings, agents, dialects),
                 options=_app_options(settings),
                 report=report,
                 connections=counts,
@@ -448,8 +451,11 @@ def _open_sockets(options: ListenerOptions, report: Report) -> list[socket.socke
     return sockets
 
 
-def _mounted(settings: Settings) -> tuple[Dialect, ...]:
-    known = {dialect.name: dialect for dialect in DIALECTS}
+def _mounted(
+    settings: Settings, agents: Sequence[Agent], dialects: Sequence[Dialect]
+) -> tuple[Dialect, ...]:
+    """The dialects as the settings want them."""
+    known = {dialect.name: dialect for dialect in dialects}
     unknown = sorted(set(settings.dialects) - set(known))
     if unknown:
         raise ConfigError(
@@ -457,9 +463,27 @@ def _mounted(settings: Settings) -> tuple[Dialect, ...]:
             f"got {', '.join(unknown)}"
         )
     for name, chosen in settings.dialects.items():
+        dialect, where = known[name], f"{settings.source}: dialects.{name}"
+        if chosen.form is not None:
+            if chosen.form not in dialect.forms:
+                raise ConfigError(
+                    f"{where}.form: expected one of {', '.join(dialect.forms) or '(it has none)'}, "
+                    f"got {chosen.form!r}"
+                )
+            dialect = dialect.forms[chosen.form]
         if chosen.mount is not None:
-            known[name] = attrs.evolve(known[name], mount=chosen.mount)
-    return tuple(known.values())
+            dialect = attrs.evolve(dialect, mount=chosen.mount)
+        if chosen.agent is not None:
+            if chosen.agent not in {agent.name for agent in agents}:
+                raise ConfigError(
+                    f"{where}.agent: expected one of "
+                    f"{', '.join(agent.name for agent in agents)}, got {chosen.agent!r}"
+                )
+            dialect = attrs.evolve(dialect, agent=chosen.agent)
+        known[name] = dialect
+    mounted = tuple(known.values())
+    claim_paths(mounted)
+    return mounted
 
 
 def check_settings(
@@ -467,6 +491,7 @@ def check_settings(
     agents: Sequence[Agent],
     *,
     providers: Mapping[str, Provider] | None = None,
+    dialects: Sequence[Dialect] | None = None,
 ) -> None:
     """See whether a server could be made of this, without opening anything.
 
@@ -485,7 +510,7 @@ def check_settings(
                 f"agent {agent.name!r}: expected a model of one of the providers "
                 f"{', '.join(sorted({*offered, *KINDS}))}, got {name!r}"
             )
-    _mounted(settings)
+    _mounted(settings, agents, DIALECTS if dialects is None else dialects)
     if not is_loopback(settings.server.host):
         raise ConfigError(
             f"host: expected an address of loopback, got {settings.server.host!r}. Whoever can "

@@ -106,6 +106,11 @@ def comment(text: str = "") -> bytes:
     return b": %b\n\n" % _continued("comment", text, prefix=b": ") if text else b":\n\n"
 
 
+def id_only(id: str) -> bytes:
+    """Write a frame that sets the last id, and is no event. Errors as `encode`."""
+    return b"id: %b\n\n" % _utf8("id", id)
+
+
 def retry(milliseconds: int) -> bytes:
     """Write how long a reader is to wait before it reconnects; no event. Errors as `encode`."""
     return b"retry: %d\n\n" % _milliseconds(milliseconds)

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from agentsse.events import AnyEvent, decode_event
 from agentsse.server import Server
-from agentsse.sse import Decoder
+from agentsse.sse import Decoder, Frame
 
 
 def request(
@@ -40,7 +40,12 @@ def stream_run(agent: str, body: bytes = b"{}", *, version: str = "1.1", **heade
 
 @attrs.define(eq=False)
 class RawClient:
-    """One connection; responses are parsed by h11, frames by our decoder."""
+    """One connection; responses are parsed by h11, frames by our decoder.
+
+    Attributes:
+        frames: Of a stream, in whatever dialect.
+        events: The same as events, where it is the native one.
+    """
 
     stream: trio.SocketStream
     http: h11.Connection = attrs.field(factory=lambda: h11.Connection(h11.CLIENT))
@@ -48,6 +53,8 @@ class RawClient:
     response: h11.Response | None = None
     body: bytes = b""
     complete: bool = False
+    is_native: bool = True
+    frames: list[Frame] = attrs.field(factory=list)
     events: list[AnyEvent] = attrs.field(factory=list)
     _taken: int = 0
 
@@ -89,7 +96,9 @@ class RawClient:
             elif isinstance(event, h11.Data):
                 self.body += bytes(event.data)
                 for frame in self.decoder.feed(bytes(event.data)):
-                    self.events.append(decode_event(frame.data))
+                    self.frames.append(frame)
+                    if self.is_native:
+                        self.events.append(decode_event(frame.data))
                 return True
             else:
                 self.complete = isinstance(event, h11.EndOfMessage)
@@ -145,7 +154,9 @@ class RawClient:
 
 
 @asynccontextmanager
-async def connect(url: str, *, receive_buffer: int | None = None) -> AsyncIterator[RawClient]:
+async def connect(
+    url: str, *, receive_buffer: int | None = None, is_native: bool = True
+) -> AsyncIterator[RawClient]:
     """Connect to a server's URL; `receive_buffer` bytes make a reader that stalls early."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     sock = trio.socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET)
@@ -153,7 +164,7 @@ async def connect(url: str, *, receive_buffer: int | None = None) -> AsyncIterat
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     try:
         await sock.connect((host.strip("[]"), int(port)))
-        yield RawClient(trio.SocketStream(sock))
+        yield RawClient(trio.SocketStream(sock), is_native=is_native)
     finally:
         if sock.fileno() != -1:
             sock.close()

@@ -15,11 +15,11 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from msgspec import Raw
+from msgspec import UNSET, Raw
 from raw import wait_until
 
 from agentsse.agents import Agent, agent
-from agentsse.context import current_run, emit
+from agentsse.context import ask_user, current_run, emit
 from agentsse.dialects import Start
 from agentsse.dialects.native import NativeEncoder
 from agentsse.errors import (
@@ -41,16 +41,20 @@ from agentsse.events import (
     Failover,
     InputReceived,
     InputRequested,
+    InputWithdrawn,
     Liveness,
     LoopDetected,
+    MessageReceived,
     Moderation,
     Option,
     PartDelta,
     PartFinished,
     PartStarted,
+    Paused,
     Problem,
     ProviderEvent,
     Question,
+    Resumed,
     Retry,
     Stalled,
     StepFinished,
@@ -59,6 +63,7 @@ from agentsse.events import (
     ToolOutputDelta,
     ToolStarted,
     Usage,
+    ValuesChanged,
     decode_json,
     encode_event,
 )
@@ -826,6 +831,312 @@ async def test_a_group_with_cancelled_beside_an_error_goes_through_a_call(autoju
     assert "'both' raised ValueError;" in told(run, "step_finished")[0]["error"]["message"]
 
 
+# Values
+
+
+async def test_values_are_told_as_they_change_and_shown_whenever_somebody_asks(autojump_clock):
+    """None takes one out; what the agent gets is a copy."""
+
+    async def main(run, input):
+        run.set_values(city="Brno", n=1)
+        run.set_values({"is open?": [True], "n": 0}, n=2)
+        run.set_values(city=None, unknown=None)
+        await trio.lowlevel.checkpoint()
+        run.values["is open?"].append("spoilt")
+        return run.values
+
+    run = await play(main)
+    assert [
+        {"city": "Brno", "n": 1},
+        {"is open?": [True], "n": 2},
+        {"city": None, "unknown": None},
+    ] == [event["values"] for event in told(run, "values_changed")]
+    assert {"is open?": [True], "n": 2} == run.result == decode_json(run.snapshot().values)
+    assert run.snapshot(brief=True).values is UNSET
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"n": 2, "loss": math.nan}, "loss: expected finite numbers, got nan"),
+        ({"n": 2, "thing": object()}, "thing: expected what JSON can hold, got object"),
+        ({"n": 2, "half \ud800": 1}, "the names of values: expected what JSON can hold"),
+    ],
+)
+async def test_a_value_that_json_cannot_hold_changes_nothing(values, words, autojump_clock):
+    """Neither by its own name nor those beside it; and nothing is told."""
+
+    async def main(run, input):
+        run.set_values(n=1)
+        await trio.lowlevel.checkpoint()
+        with pytest.raises(Unencodable, match=words):
+            run.set_values(values)
+        return run.values
+
+    run = await play(main)
+    assert {"n": 1} == run.result
+    assert 1 == len(told(run, "values_changed"))
+
+
+async def test_values_that_are_not_told_have_not_changed(autojump_clock):
+    """At the bounds of a run, and behind its end."""
+
+    async def main(run, input):
+        run.set_values(n=1)
+        run.set_values(n=2)
+        await trio.sleep_forever()
+
+    run = await play(main, max_events=2)
+    run.context.set_values(n=3)
+    assert {"n": 1} == decode_json(run.snapshot().values)
+    assert [{"n": 1}] == [event["values"] for event in told(run)]
+
+
+# Messages
+
+
+async def test_a_message_waits_until_the_agent_listens(autojump_clock):
+    """All that was said, in order; of one mode where that is wanted, and each only once."""
+
+    async def main(run, input):
+        await trio.sleep(1)
+        return [
+            run.take_messages("follow_up"),
+            run.take_messages("follow_up"),
+            run.take_messages(),
+            run.take_messages(),
+        ]
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        run.context.hear("a", "follow_up")
+        run.context.hear("b", "steer")
+        run.context.hear("half \ud800", "follow_up", shown="half \udfff")
+        run.context.hear("d", "steer", shown="")
+        await run.done.wait()
+    assert [["a", "half \ufffd"], [], ["b", "d"], []] == run.result
+    assert [
+        ("u1", "a", "follow_up"),
+        ("u2", "b", "steer"),
+        ("u3", "half \ufffd", "follow_up"),
+        ("u4", "", "steer"),
+    ] == [(e["message_id"], e["text"], e["mode"]) for e in told(run, "message_received")]
+
+
+async def test_an_agent_may_wait_for_what_is_said_next(autojump_clock):
+    """Whichever its mode; who gave up waiting has lost nothing, and each message is one task's."""
+
+    async def main(run, input):
+        heard = []
+
+        async def listen():
+            heard.append(await run.next_message())
+
+        with trio.move_on_after(1):
+            await run.next_message()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(listen)
+        return heard
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        await trio.sleep(2)
+        for word, mode in (("a", "steer"), ("b", "follow_up")):
+            run.context.hear(word, mode)
+            await trio.testing.wait_all_tasks_blocked()
+        run.context.hear("c", "steer")
+        await run.done.wait()
+    assert ["a", "b", "c"] == run.result
+
+
+async def test_a_message_that_was_there_before_is_not_waited_for(autojump_clock):
+    """The oldest comes first."""
+
+    async def main(run, input):
+        return [await run.next_message(), await run.next_message()]
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        run.context.hear("a", "follow_up")
+        run.context.hear("b", "steer")
+        await run.done.wait()
+    assert ["a", "b"] == run.result
+
+
+async def test_only_a_run_that_goes_on_can_be_told_something(autojump_clock):
+    """Not one that waits for its turn, whose first event is yet to come, nor one that is over."""
+    async with opened(Agent("main", ask_how), max_running=1) as runs:
+        run, queued = begin(runs), begin(runs)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Conflict, match=f"got {queued.id}, which still waits for its turn"):
+            queued.context.hear("a", "steer")
+        run.context.answer("q1", {"answer": ""})
+        await run.done.wait()
+        with pytest.raises(Conflict, match=f"got {run.id}, which is over"):
+            run.context.hear("a", "steer")
+        await trio.testing.wait_all_tasks_blocked()
+        queued.context.hear("a", "steer")
+        queued.cancel("client_cancel")
+    assert [] == told(run, "message_received")
+    assert "run_started" == everything_of(queued)[0]["type"]
+
+
+# Rest
+
+
+async def resting(run, input):
+    """Take steps, as models and flows do."""
+    for number in range(input):
+        rested = await run.rest_while_paused()
+        with run.step(f"{number}{'!' * rested}"):
+            await trio.sleep(1)
+
+
+def steps_and_rests(run):
+    return [
+        event.get("name") or event.get("reason") or event["type"]
+        for event in told(run, "step_started", "paused", "resumed")
+    ]
+
+
+async def test_a_run_rests_before_its_next_step_until_it_may_go_on(autojump_clock):
+    """What it is in goes on; its state says so, and the time at rest is nobody's fault."""
+    async with opened(Agent("main", resting), stall=30) as runs:
+        run = begin(runs, input=3)
+        await trio.sleep(0.5)
+        run.pause("half \ud800")
+        run.pause("too late")
+        assert ("running", True, False) == (
+            run.state,
+            run.context.is_paused,
+            run.context.is_resting,
+        )
+        await trio.sleep(1_000)
+        assert ("paused", True, True) == (
+            run.state,
+            run.context.is_paused,
+            run.context.is_resting,
+        )
+        run.context.resume()
+        run.context.resume()
+        assert ("running", False, False) == (
+            run.state,
+            run.context.is_paused,
+            run.context.is_resting,
+        )
+        await run.done.wait()
+        with pytest.raises(Conflict, match="which is over"):
+            run.pause()
+        run.context.resume()
+    assert ["0", "half \ufffd", "resumed", "1!", "2"] == steps_and_rests(run)
+    assert ("success", []) == (run.end.outcome, told(run, "liveness", "stalled"))
+
+
+async def test_a_run_that_may_go_on_before_it_rests_tells_nothing(autojump_clock):
+    """Nobody has noticed."""
+    async with opened(Agent("main", resting)) as runs:
+        run = begin(runs, input=2)
+        await trio.sleep(0.5)
+        run.pause()
+        run.context.resume()
+        await run.done.wait()
+    assert ["0", "1"] == steps_and_rests(run)
+
+
+async def test_a_rest_is_told_once_however_many_tasks_rest(autojump_clock):
+    """And its end before anything that comes of it."""
+
+    async def main(run, input):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(resting, run, 2)
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        await trio.sleep(0.5)
+        run.pause()
+        await trio.sleep(5)
+        run.context.resume()
+        await run.done.wait()
+    assert ["0"] * 3 + ["paused", "resumed"] + ["1!"] * 3 == steps_and_rests(run)
+
+
+async def test_each_rest_is_told_however_soon_the_next_one_comes(autojump_clock):
+    """Also where nobody has gone on between the two."""
+    async with opened(Agent("main", resting)) as runs:
+        run = begin(runs, input=1)
+        run.pause("one")
+        await trio.testing.wait_all_tasks_blocked()
+        run.context.resume()
+        run.pause("two")
+        await trio.testing.wait_all_tasks_blocked()
+        assert "paused" == run.state
+        run.context.resume()
+        await run.done.wait()
+    assert ["one", "resumed", "two", "resumed", "0!"] == steps_and_rests(run)
+
+
+async def test_a_cancel_ends_a_rest_at_once(autojump_clock):
+    """And it does not go on by that: nothing is told but the end."""
+    async with opened(Agent("main", resting)) as runs:
+        run = begin(runs, input=1)
+        run.pause()
+        await trio.sleep(5)
+        run.cancel("client_cancel")
+        await run.done.wait()
+        assert 5 == trio.current_time()
+    assert ("cancelled", "client_cancel") == (run.end.outcome, run.end.receipt.cause)
+    assert [{"type": "paused"}] == told(run)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+async def test_an_agent_that_gives_up_on_its_rest_is_still_to_rest(goes_on, autojump_clock):
+    """It does so at its next step, without another word, until it may go on."""
+
+    async def main(run, input):
+        with trio.move_on_after(3):
+            await resting(run, 1)
+        states.append(run.is_resting)
+        await trio.sleep(3)
+        await resting(run, 1)
+
+    states = []
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        run.pause()
+        await trio.sleep(4)
+        states.append(run.state)
+        if goes_on:
+            run.context.resume()
+        await trio.sleep(10)
+        assert ("finished" if goes_on else "paused") == run.state
+        run.context.resume()
+        await run.done.wait()
+    assert [False, "running"] == states
+    assert ["paused", "resumed", "0" if goes_on else "0!"] == steps_and_rests(run)
+
+
+async def test_a_child_that_rests_goes_with_the_run_above(autojump_clock):
+    """However its parent was ended: nothing is told but the end."""
+
+    async def child(run, input):
+        run.pause()
+        await resting(run, 1)
+
+    async def main(run, input):
+        with trio.move_on_after(3):
+            await run.delegate("child", None)
+
+    async with opened(Agent("main", main), Agent("child", child)) as runs:
+        run = begin(runs)
+        await run.done.wait()
+        child = runs.find(told(run, "agent_started")[0]["child_run_id"])
+    assert "success" == run.end.outcome
+    assert ["paused"] == [event["type"] for event in told(child)]
+    assert "parent" == child.end.receipt.cause
+
+
 # Questions
 
 
@@ -1044,6 +1355,320 @@ async def test_an_answer_that_json_cannot_hold_answers_nothing(autojump_clock):
     assert "whole" == run.result
 
 
+async def test_who_does_not_want_to_wait_withdraws_the_question(autojump_clock):
+    """That is told, and a later answer finds nothing; the run is left to whoever watches it."""
+
+    async def main(run, input):
+        with trio.move_on_after(5):
+            await run.ask("How?")
+        return await run.ask("Really?")
+
+    async with opened(Agent("main", main), input_timeout=60) as runs:
+        run = begin(runs)
+        await trio.sleep(6)
+        with pytest.raises(NotFound, match=r"open request \(q2\), got 'q1'"):
+            run.context.answer("q1", {"answer": "so"})
+        await trio.sleep(58)
+        run.context.answer("q2", {"answer": "yes"})
+        await run.done.wait()
+    assert "yes" == run.result
+    assert [("input_requested", "q1"), ("input_withdrawn", "q1"), ("input_requested", "q2")] == [
+        (event["type"], event["request_id"]) for event in told(run)
+    ][:3]
+
+
+async def test_an_answer_in_the_tick_in_which_a_question_is_given_up_is_an_answer(autojump_clock):
+    """It was received, so it is not withdrawn, although nobody has heard it."""
+
+    async def main(run, input):
+        with trio.CancelScope() as scope:
+            scopes.append(scope)
+            await run.ask("How?")
+        return scope.cancelled_caught
+
+    scopes = []
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        await trio.testing.wait_all_tasks_blocked()
+        scopes[0].cancel()
+        run.context.answer("q1", {"answer": "so"})
+        await run.done.wait()
+    assert run.result is True
+    assert ["input_requested", "input_received"] == [event["type"] for event in told(run)]
+
+
+async def test_a_cancel_ends_all_that_is_asked(autojump_clock):
+    """Nothing is withdrawn: the run's end says it all."""
+
+    async def main(run, input):
+        async with trio.open_nursery() as nursery:
+            for name in ("a", "b", "c"):
+                nursery.start_soon(run.ask, name)
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        await trio.testing.wait_all_tasks_blocked()
+        assert 3 == len(run.snapshot().questions)
+        run.cancel("client_cancel")
+        await run.done.wait()
+    assert ("cancelled", None, None, None) == end(run)
+    assert ["input_requested"] * 3 == [event["type"] for event in told(run)]
+    assert () == run.snapshot().questions
+
+
+CHOICES = Question(
+    id="colours",
+    kind="choices",
+    prompt="Which?",
+    options=(
+        Option(id="red"),
+        Option(id="blue", label="Dark Blue"),
+        Option(id="other", label="Other, or none"),
+    ),
+)
+
+
+@pytest.mark.parametrize("answer", [[], ["red"], ["blue", "red"]])
+async def test_some_of_several_options_can_be_chosen(answer, autojump_clock):
+    """Also none of them."""
+    async with asking(CHOICES) as run:
+        run.context.answer("q1", {"colours": answer})
+    assert answer == run.result
+
+
+@pytest.mark.parametrize("answer", ["red", ["green"], [["red"]], {"red": True}, None, [1]])
+async def test_other_choices_are_refused(answer, autojump_clock):
+    """The words say what there is."""
+    async with asking(CHOICES) as run:
+        with pytest.raises(BadRequest) as caught:
+            run.context.answer("q1", {"colours": answer})
+        run.cancel("client_cancel")
+    words = f"expected a list of some of red, blue, other for 'colours', got {answer!r}"
+    assert words == caught.value.message
+
+
+CROSSED = Question(
+    id="letter", kind="choice", prompt="Which?", options=(Option(id="a", label="b"), Option(id="b"))
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "meant"),
+    [
+        *((CONFIRM, word, True) for word in (True, "yes", " YES\n", "y", "true", "ok", "1")),
+        *((CONFIRM, word, False) for word in (False, "no", "N", "False ", "0")),
+        *((CHOICE, word, "blue") for word in ("blue", "Blue", " BLUE ")),
+        (CHOICE, "Red", "red"),
+        (TEXT, "because", "because"),
+        (TEXT, "", ""),
+        (TEXT, 5, "5"),
+        (TEXT, {"a": [None]}, '{"a":[null]}'),
+        (CHOICES, [], []),
+        (CHOICES, ["red", "dark blue"], ["red", "blue"]),
+        (CHOICES, "Red , dark blue", ["red", "blue"]),
+        (CHOICES, "BLUE", ["blue"]),
+        (CROSSED, "b", "b"),
+        (CROSSED, "B", "a"),
+        (CHOICES, "other, OR none", ["other"]),
+    ],
+)
+@pytest.mark.parametrize("by_id", [True, False])
+async def test_what_is_clear_is_understood(question, answer, meant, by_id, autojump_clock):
+    """Words for yes and no, labels for ids, lists in one string, anything for text."""
+    async with asking(question) as run:
+        key = question.id if by_id else ""
+        run.context.answer("q1", {key: answer}, is_loose=True)
+    assert meant == run.result
+    assert [{question.id: meant}] == [event["answers"] for event in told(run, "input_received")]
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers", "words"),
+    [
+        (CONFIRM, {"sure": "maybe"}, "expected true or false for 'sure', got 'maybe'"),
+        (CONFIRM, {"sure": 1}, "expected true or false for 'sure', got 1"),
+        (CHOICE, {"": "green"}, "expected one of red, blue for 'colour', got 'green'"),
+        (CHOICE, {"": ["red"]}, "expected one of red, blue for 'colour', got ['red']"),
+        (TEXT, {"": None}, "expected a string for 'why', got None"),
+        (
+            CHOICES,
+            {"": "red, green"},
+            "expected a list of some of red, blue, other for 'colours', got ['red', ' green']",
+        ),
+        (
+            CHOICES,
+            {"": 5},
+            "expected a list of some of red, blue, other for 'colours', got 5",
+        ),
+        (TEXT, {"because": "x"}, "answers: expected some of the keys why, got because"),
+        (TEXT, {"": "x", "why": "y"}, "answers: expected some of the keys why, got none"),
+        (TEXT, {}, "answers: expected some of the keys why, got none"),
+        ([TEXT, CONFIRM], {"": "x"}, "answers: expected some of the keys why, sure, got none"),
+        (
+            [TEXT, CONFIRM],
+            {"b": 1, "a": 2},
+            "answers: expected some of the keys why, sure, got a, b",
+        ),
+    ],
+)
+async def test_what_is_not_clear_is_refused(questions, answers, words, autojump_clock):
+    """The words say what would do; the run goes on waiting, and nothing is told."""
+    async with asking(questions) as run:
+        with pytest.raises(BadRequest) as caught:
+            run.context.answer("q1", answers, is_loose=True)
+        assert words == caught.value.message
+        assert "waiting" == run.state
+        run.cancel("client_cancel")
+    assert [] == told(run, "input_received")
+
+
+async def test_what_is_missing_may_come_later(autojump_clock):
+    """One event when all is there; until then a later word counts, and the rest is still asked."""
+    async with asking([CHOICE, CONFIRM, TEXT]) as run:
+        run.context.answer("q1", {"sure": "no"}, is_loose=True)
+        run.context.answer("q1", {"colour": "Blue"}, is_loose=True)
+        assert ("waiting", [("why",)]) == (
+            run.state,
+            [tuple(q.id for q in asked.questions) for asked in run.snapshot().questions],
+        )
+        with pytest.raises(BadRequest):
+            run.context.answer("q1", {"why": None}, is_loose=True)
+        run.context.answer("q1", {"sure": "yes"}, is_loose=True)
+        run.context.answer("q1", {"why": "so"}, is_loose=True)
+        with pytest.raises(Conflict):
+            run.context.answer("q1", {"why": "not so"}, is_loose=True)
+    answers = {"sure": True, "colour": "blue", "why": "so"}
+    assert answers == run.result
+    assert [answers] == [event["answers"] for event in told(run, "input_received")]
+
+
+async def test_a_whole_answer_replaces_what_was_there_of_it(autojump_clock):
+    """Whoever answers all of it need not know of others."""
+    answers = {"colour": "red", "sure": False}
+    async with asking([CHOICE, CONFIRM]) as run:
+        run.context.answer("q1", {"sure": "yes"}, is_loose=True)
+        run.context.answer("q1", answers)
+    assert answers == run.result
+
+
+async def test_a_part_that_json_cannot_hold_spoils_nothing(autojump_clock):
+    """It is refused where it comes, and what comes later is not blamed for it."""
+    async with asking([CONFIRM, TEXT]) as run:
+        with pytest.raises(Unencodable, match="the answers: expected what JSON can hold"):
+            run.context.answer("q1", {"why": "half \ud800"}, is_loose=True)
+        run.context.answer("q1", {"sure": "yes"}, is_loose=True)
+        assert "waiting" == run.state
+        run.context.answer("q1", {"why": "so"}, is_loose=True)
+    assert {"sure": True, "why": "so"} == run.result
+
+
+async def test_questions_of_one_id_have_one_answer(autojump_clock):
+    """There is no other way to tell them apart."""
+    async with asking([TEXT, msgspec.structs.replace(TEXT, prompt="Why not?")]) as run:
+        run.context.answer("q1", {"why": "so"}, is_loose=True)
+    assert {"why": "so"} == run.result
+
+
+async def test_what_somebody_says_is_the_answer_to_the_oldest_question(autojump_clock):
+    """Text for the only question of a request, or answers by id."""
+
+    async def main(run, input):
+        answers = {}
+
+        async def ask(number, questions):
+            answers[number] = await run.ask(questions)
+
+        async with trio.open_nursery() as nursery:
+            for number, questions in enumerate((CONFIRM, [CHOICE, CONFIRM], TEXT, TEXT)):
+                nursery.start_soon(ask, number, questions)
+                await trio.sleep(1)
+        return [answers[number] for number in range(4)]
+
+    async with opened(Agent("main", main)) as runs:
+        run = begin(runs)
+        with pytest.raises(Conflict, match=f"waits for a person, got {run.id}, which does not"):
+            run.context.answer_next("yes")
+        await trio.sleep(5)
+        run.context.answer_next("yes")
+        with pytest.raises(BadRequest, match=r"expected answers to colour, sure, as .* got 'yes'"):
+            run.context.answer_next("yes")
+        with pytest.raises(BadRequest, match="expected answers to colour, sure, as an object"):
+            run.context.answer_next("sure: no\nother: Red")
+        with pytest.raises(BadRequest, match="answers: expected colour as well, got none"):
+            run.context.answer_next({"sure": "no"}, is_whole=True)
+        run.context.answer_next("[sure]: no\n")
+        run.context.answer_next({"colour": "Red"})
+        run.context.answer_next({"why": "so"})
+        run.context.answer_next({"why not": "so"})
+        await run.done.wait()
+    assert [
+        True,
+        {"sure": False, "colour": "red"},
+        "so",
+        '{"why not":"so"}',
+    ] == run.result
+    assert ["q1", "q2", "q3", "q4"] == [e["request_id"] for e in told(run, "input_received")]
+
+
+# What a model may ask
+
+
+async def test_a_model_may_ask_the_person_it_works_for(autojump_clock):
+    """Free text, or one of several options; what they answer is the tool's result."""
+    first, second = '{"question":"How many?"}', '{"question":"Which?","options":["a","b"]}'
+    model, provider = chat(
+        [ask_for(("ask_user", first)), ask_for(("ask_user", second)), say("Thanks.")],
+        tools=[ask_user],
+    )
+    assert ["ask_user"] == [one.name for one in model.tools]
+    async with opened(model, providers=[provider], input_timeout=math.inf) as runs:
+        run = begin(runs, "chat", "Help me.")
+        await trio.sleep(3_005)  # no time limit of the tool, and no watch over the turn
+        assert "waiting" == run.state
+        run.context.answer_next("two")
+        await trio.sleep(505)
+        (asked,) = run.snapshot().questions
+        assert (
+            Question(
+                id="answer",
+                kind="choice",
+                prompt="Which?",
+                options=(Option(id="a"), Option(id="b")),
+            ),
+        ) == asked.questions
+        with pytest.raises(BadRequest, match="one of a, b"):
+            run.context.answer_next("c")
+        run.context.answer_next("B")
+        await run.done.wait()
+    assert ("success", "Thanks.", None, None) == end(run)
+    assert ["two", "b"] == [event["result"] for event in told(run, "tool_finished")]
+    assert [] == told(run, "liveness", "stalled")
+    assert ["question", "options"] == list(provider.prompts[0].tools[0].parameters["properties"])
+    assert ToolMessage("call1", "ask_user", '"two"') == provider.prompts[1].messages[2]
+
+
+async def test_a_model_may_ask_several_things_at_once(autojump_clock):
+    """Each call has its own question; answered in any order, the results stand in theirs."""
+    calls = [("ask_user", f'{{"question":"{word}?"}}') for word in ("a", "b", "c")]
+    model, provider = chat([ask_for(*calls), say("x")], tools=[ask_user])
+    async with opened(model, providers=[provider]) as runs:
+        run = begin(runs, "chat", "Help me.")
+        await trio.testing.wait_all_tasks_blocked()
+        asked = {one.questions[0].prompt: one.request_id for one in run.snapshot().questions}
+        for word in ("b?", "c?", "a?"):
+            run.context.answer(asked[word], {"answer": word.upper()})
+            await trio.sleep(1)
+        await run.done.wait()
+    answers = [m.content for m in provider.prompts[1].messages if isinstance(m, ToolMessage)]
+    assert ['"A?"', '"B?"', '"C?"'] == answers
+
+
+async def test_nobody_is_asked_outside_of_a_run():
+    """There is nobody who would hear it."""
+    with pytest.raises(AgentError, match="ask_user: expected to be called within a run"):
+        await ask_user.function("How?")
+
+
 # Cleanup
 
 
@@ -1130,11 +1755,12 @@ async def test_an_error_from_cleanup_stands_beside_the_cancel(autojump_clock):
 
 
 async def test_a_child_run_has_a_log_of_its_own(autojump_clock):
-    """The parent's holds its beginning and its end, and the result."""
+    """The parent's holds its beginning and its end: what it was given, the result, the cost."""
 
     async def child(run, input):
         run.text(f"I am {input}")
-        await trio.lowlevel.checkpoint()
+        run.usage += Usage(input_tokens=3)
+        await trio.sleep(2)
         return [input]
 
     async def main(run, input):
@@ -1147,10 +1773,17 @@ async def test_a_child_run_has_a_log_of_its_own(autojump_clock):
     of = {"agent": "child", "child_run_id": below.id}
     assert ["a child"] == run.result
     assert [
-        {"type": "agent_started", **of},
-        {"type": "agent_finished", **of, "report": ["a child"]},
+        {"type": "agent_started", **of, "input": "a child"},
+        {
+            "type": "agent_finished",
+            **of,
+            "report": ["a child"],
+            "usage": msgspec.to_builtins(Usage(input_tokens=3)),
+            "seconds": 2.0,
+        },
     ] == told(run)
-    assert [*a_part("p1", "text", "I am a child")] == told(below)
+    path = {"path": ["child:1"]}
+    assert [part | path for part in a_part("p1", "text", "I am a child")] == told(below)
     assert run.id == below.log.events[0].parent_run_id == below.snapshot().parent_run_id
     assert ("success", ["a child"], None, None) == end(below)
 
@@ -1319,6 +1952,246 @@ async def test_a_child_that_swallows_its_cancel_does_not_keep_its_parent_from_it
         return scope.cancelled_caught
 
     assert (await play(main)).result is True
+
+
+# Workers
+
+
+async def test_a_worker_runs_beside_the_agent_and_is_joined_with_it(autojump_clock):
+    """Its run's id is known at once; how it went is told when it is over."""
+
+    async def worker(run, input):
+        await trio.sleep(input)
+        run.usage += Usage(output_tokens=input)
+        return f"{input} s"
+
+    async def main(run, input):
+        ids = [run.spawn("worker", 3), run.spawn("worker", 1)]
+        await trio.sleep(2)
+        return ids
+
+    async with opened(Agent("main", main), Agent("worker", worker)) as runs:
+        run = begin(runs)
+        await trio.sleep(1.5)
+        assert {"running", "finished"} == {runs.find(i).state for i in begun_in(run)}
+        await run.done.wait()
+        assert 3 == trio.current_time()
+    assert ("success", begun_in(run)) == (run.end.outcome, run.result)
+    assert [("1 s", 1.0, 1), ("3 s", 3.0, 3)] == [
+        (event["report"], event["seconds"], event["usage"]["output_tokens"])
+        for event in told(run, "agent_finished")
+    ]
+    for number, one in enumerate(run.result, 1):
+        events = runs.find(one).log.events
+        assert {(f"worker:{number}",)} == {event.path for event in events}
+        assert run.id == runs.find(one).parent_id
+
+
+def begun_in(run):
+    return [event["child_run_id"] for event in told(run, "agent_started")]
+
+
+async def fail_with_words(run, input):
+    await trio.lowlevel.checkpoint()
+    raise AgentError("too much", code="much")
+
+
+async def crash(run, input):
+    await trio.lowlevel.checkpoint()
+    raise ValueError("secret")
+
+
+async def succeed(run, input):
+    await trio.lowlevel.checkpoint()
+    return "well"
+
+
+async def last(run, input):
+    await trio.sleep_forever()
+
+
+async def cancel_itself(run, input):
+    run.nursery.cancel_scope.cancel()
+    await trio.sleep_forever()
+
+
+async def get_lost(run, input):
+    await trio.lowlevel.checkpoint()
+    return object()
+
+
+WORKERS = (fail_with_words, crash, succeed, last, cancel_itself, get_lost)
+
+
+def reports(run):
+    """How each child went, by its agent's name; that there is one report for each."""
+    finished = told(run, "agent_finished")
+    assert sorted(begun_in(run)) == sorted(event["child_run_id"] for event in finished)
+    return {event["agent"]: event.get("report") or event["error"]["message"] for event in finished}
+
+
+async def test_what_becomes_of_a_worker_stands_in_its_report_alone(autojump_clock):
+    """In every way of ending; the run above goes on, and succeeds."""
+
+    async def main(run, input):
+        for worker in WORKERS:
+            run.spawn(Agent(worker.__name__, worker), None)
+        await trio.sleep(1)
+        (lasting,) = run.host.children
+        lasting.cancel("client_cancel")
+        await trio.sleep(1)
+        return "fine"
+
+    run = await play(main)
+    words = reports(run)
+    assert ("success", "fine", None, None) == end(run)
+    assert "well" == words.pop("succeed")
+    assert {
+        "fail_with_words": "too much",
+        "crash": "the agent 'crash' raised ValueError; the server's log has the details",
+        "last": "it was cancelled",
+        "cancel_itself": "expected the agent to return, or to raise, but it cancelled itself",
+        "get_lost": "the result of get_lost: expected what JSON can hold, got object at $; "
+        "turn it into strings, finite numbers, booleans, lists and dicts",
+    } == {name: said.partition(": ")[2] for name, said in words.items()}
+    assert ["the agent 'crash'"] == [facts["where"] for facts in crashes(run)]
+
+
+@pytest.mark.parametrize("ends", ["cancel", "crash", "shutdown", "limit"])
+async def test_a_worker_ends_with_the_run_that_started_it(ends, autojump_clock):
+    """Whatever ends that, and its report is told all the same."""
+
+    async def main(run, input):
+        run.spawn("last", None)
+        run.spawn("last", None)
+        await trio.sleep(1)
+        if ends == "limit":
+            for _ in range(50):
+                run.emit("more")
+        elif ends == "crash":
+            raise ValueError
+        await trio.sleep_forever()
+
+    async with opened(Agent("main", main), Agent("last", last), max_events=20) as runs:
+        run = begin(runs)
+        await trio.sleep(2)
+        if ends == "cancel":
+            run.cancel("client_cancel")
+            await run.done.wait()
+        elif ends == "shutdown":
+            runs.close()
+            await runs.wait_idle()
+        workers = [one for one in runs if one.parent_id]
+    assert {"last": "the child run was cancelled"} == reports(run)
+    assert [("cancelled", "parent")] * 2 == [
+        (one.end.outcome, one.end.receipt.cause) for one in workers
+    ]
+    assert ("error" if ends in ("crash", "limit") else "cancelled") == run.end.outcome
+    assert "run_finished" == everything_of(run)[-1]["type"]
+
+
+@pytest.mark.parametrize("who", ["parent", "worker"])
+async def test_a_worker_that_is_cancelled_before_its_first_step_has_its_report(who, autojump_clock):
+    """It has begun when it is made, and its end is told like any other."""
+
+    async def main(run, input):
+        child = runs.find(run.spawn("last", None))
+        (child if who == "worker" else run.host).cancel("client_cancel")
+        steps.append(child.state)
+        await trio.sleep(1)
+        return "fine"
+
+    steps = []
+    async with opened(Agent("main", main), Agent("last", last)) as runs:
+        run = begin(runs)
+        await run.done.wait()
+        (child,) = (one for one in runs if one.parent_id)
+    cause = "client_cancel" if who == "worker" else "parent"
+    assert ["cancelling"] == steps
+    assert ("success" if who == "worker" else "cancelled") == run.end.outcome
+    assert ("cancelled", cause) == (child.end.outcome, child.end.receipt.cause)
+    assert 1 == len(reports(run))
+    assert [] == told(child)
+
+
+async def test_a_worker_that_had_succeeded_is_reported_so(autojump_clock):
+    """Also where the run above is cancelled before it could take note."""
+
+    async def main(run, input):
+        run.spawn("quick", None)
+        await trio.sleep_forever()
+
+    async def quick(run, input):
+        await trio.sleep(1)
+        above[0].nursery.cancel_scope.cancel()
+        return "well"
+
+    above = []
+    async with opened(Agent("main", main), Agent("quick", quick)) as runs:
+        run = begin(runs)
+        above.append(run.context)
+        await run.done.wait()
+    (report,) = told(run, "agent_finished")
+    assert ("well", None) == (report["report"], report.get("error"))
+    assert ("error", None, "no_result") == end(run)[:3]
+
+
+async def test_nobody_is_sent_to_work_who_is_not_there(autojump_clock):
+    """Neither an agent that nobody knows, nor by a run that is over; nothing is told of it."""
+
+    async def main(run, input):
+        with pytest.raises(NotFound, match="got 'nobody'"):
+            run.spawn("nobody", None)
+        with pytest.raises(BadRequest, match="the input: expected what JSON can hold"):
+            run.spawn("last", object())
+        await trio.lowlevel.checkpoint()
+
+    async with opened(Agent("main", main), Agent("last", last)) as runs:
+        run = begin(runs)
+        await run.done.wait()
+        with pytest.raises(AgentError, match="which is over"):
+            run.context.spawn("last", None)
+        assert [run] == list(runs)
+    assert [] == told(run)
+    assert "success" == run.end.outcome
+
+
+async def test_nothing_that_was_told_to_begin_stays_open_at_the_bound(autojump_clock):
+    """Steps, tools and child runs have their ends; what begins behind the bound is not told."""
+
+    async def main(run, input):
+        run.append(ToolStarted(call_id="by hand", name="search", arguments=Raw(b"{}")))
+        run.append(AgentStarted(agent="inner"))
+        with run.step("outer"):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run.delegate, "last", None)
+                nursery.start_soon(run.call, dawdle, {})
+                await trio.testing.wait_all_tasks_blocked()
+                while not run.is_full:
+                    run.emit("more")
+                with run.step("untold"):
+                    run.append(AgentFinished(agent="inner"))
+                    run.append(AgentFinished(agent="inner"))
+                    run.append(AgentStarted(agent="other"))
+                    run.append(AgentFinished(agent="other"))
+                    run.spawn("last", None)
+                    nursery.start_soon(run.call, dawdle, {})
+                    await trio.sleep_forever()
+
+    run = await play(main, Agent("last", last), max_events=10, tools=[dawdle])
+    assert ("error", None, "limit") == end(run)[:3]
+    assert "10 events" in run.end.error.message
+    for begins, ends, key in (
+        ("step_started", "step_finished", "step_id"),
+        ("tool_started", "tool_finished", "call_id"),
+        ("agent_started", "agent_finished", "agent"),
+    ):
+        assert sorted(e[key] for e in told(run, begins)) == sorted(e[key] for e in told(run, ends))
+    assert ["inner", "last"] == [event["agent"] for event in told(run, "agent_finished")]
+    results = {event["call_id"]: event["result"] for event in told(run, "tool_finished")}
+    assert {"error": "the run ended before the tool had answered"} == results.pop("by hand")
+    assert [{"error": "the tool 'dawdle' was cancelled"}] == list(results.values())
+    assert {} == run.context.open_tools
 
 
 # Models
@@ -1512,6 +2385,11 @@ EVERYTHING = (
     AgentFinished(agent="n", report=RAW),
     InputRequested(request_id="c", questions=(CHOICE,)),
     InputReceived(request_id="c", answers=Raw(b'{"colour":"red"}')),
+    InputWithdrawn(request_id="d"),
+    MessageReceived(message_id="e", text="Go on.", mode="steer"),
+    Paused(reason="lunch"),
+    Resumed(),
+    ValuesChanged(values=RAW),
     Retry(attempt=1, max=6, delay_s=2.0, error=Problem(code="busy", message="busy")),
     Failover(from_model="a:a", to_model="b:b", reason="busy"),
     Liveness(elapsed_s=10.0, events=3, since_last_output_s=1.5),
@@ -1526,9 +2404,10 @@ EVERYTHING = (
 
 
 async def test_a_script_can_make_every_event_happen(autojump_clock):
-    """Each arrives as it was said, but for the envelope; only a run's ends are its own."""
+    """Each arrives as it was said, but for the envelope; a run's ends and feeds are their own."""
+    not_said = ("gap", "trigger_changed", "run_started", "run_finished")
     assert {type(event) for event in EVERYTHING} == set(EVENT_TYPES.values()) - {
-        EVENT_TYPES[name] for name in ("gap", "run_started", "run_finished")
+        EVENT_TYPES[name] for name in not_said
     }
     plain = [decode_json(encode_event(event)) for event in EVERYTHING]
     model, provider = chat([[*EVERYTHING, 0.1, Finish("stop")]])
@@ -1712,3 +2591,22 @@ async def test_nothing_is_watched_outside_of_a_step(autojump_clock):
 
     run = await play(main, coalesce=0.5)
     assert ("success", 0.5) == end(run)[:2]
+
+
+async def test_a_provider_waits_with_others_and_lets_out_what_has_come(autojump_clock):
+    """What came together is joined, and seen as soon as more is waited for."""
+
+    async def main(run, input):
+        run.text("a")
+        await run.sleep_until(trio.current_time() + 20)
+        run.lull()
+        run.text("b")
+        run.text("c")
+        seen = [run.writer.log.end]
+        run.lull()
+        return [*seen, run.writer.log.end]
+
+    run = await play(main, coalesce=10)
+    assert [3, 4] == run.result
+    assert ["a", "bc"] == [event["delta"] for event in told(run, "part_delta")]
+    assert 20 <= trio.current_time() < 20.1

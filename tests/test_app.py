@@ -29,7 +29,7 @@ from trio.testing import assert_checkpoints
 from agentsse import Agent, AgentError, RunContext, agent, emit, server as server_module, tool
 from agentsse.app import STREAM_HEADERS, AgentsseApp, AppOptions
 from agentsse.config import LimitSettings, Settings
-from agentsse.dialects import Route
+from agentsse.dialects import Framing, Route
 from agentsse.dialects.native import NATIVE, decode_list_agents
 from agentsse.errors import ConfigError
 from agentsse.events import Custom, InputRequested, RunFinished, RunStarted, StepStarted
@@ -1053,7 +1053,7 @@ async def test_list_of_runs_is_brief() -> None:
         [listed] = (await s.http.get("/runs")).json()["runs"]
         shown = (await s.http.get(f"/runs/{run_id}")).json()
 
-        assert {"input": "given", "metadata": "mine", "output": "said"} == {
+        assert {"input": "given", "metadata": "mine", "output": "said", "values": {}} == {
             name: value for name, value in shown.items() if name not in listed
         }
         assert listed == {name: shown[name] for name in listed}
@@ -1730,7 +1730,7 @@ async def test_prelude_is_a_write_of_its_own_and_large_frames_are_cut_into_slice
             app, hand = make_app(runs), ByHand()
             await hand.ask(app, "POST", "/agents/loud/runs", accept="text/event-stream")
 
-        assert NATIVE.prelude == hand.written[0]
+        assert NATIVE.framing.prelude == hand.written[0]
         assert len(hand.written) >= 7
         assert MAX_WRITE == max(map(len, hand.written))
         assert sum(map(len, hand.written)) == app.streams.bytes
@@ -1781,7 +1781,7 @@ async def test_dialect_without_heartbeat_and_prelude_is_silent(
 ) -> None:
     """What a protocol has no bytes for is not sent."""
     plain = attrs.evolve(
-        NATIVE, name="plain", mount="/plain", heartbeat=None, prelude=b"", media_type="text/plain"
+        NATIVE, name="plain", mount="/plain", framing=Framing(media_type="text/plain")
     )
     monkeypatch.setattr(server_module, "DIALECTS", (NATIVE, plain))
 

@@ -1,9 +1,10 @@
 """Wherever a cancel strikes, nothing is left and everything is told.
 
-One scenario has all that a run can have: tools side by side, child runs, a model's stream, a
-question and a person who answers it, nurseries in nurseries, cleanup, text that is held back and
-joined, and readers. Trio's scheduler is seeded, so the scenario is played again and again with the
-same steps, and each time struck one step later, until it ends before the blow.
+One scenario has all that a run can have: tools side by side, child runs that are waited for and
+some that are not, a model's stream, questions and a person who answers and says more, rest,
+nurseries in nurseries, cleanup, text that is held back and joined, and readers. Trio's scheduler is
+seeded, so the scenario is played again and again with the same steps, and each time struck one step
+later, until it ends before the blow.
 """
 
 import contextlib
@@ -19,13 +20,18 @@ from agentsse.agents import Agent
 from agentsse.context import emit
 from agentsse.dialects import Start
 from agentsse.dialects.native import NativeEncoder
-from agentsse.errors import AgentError, NotFound
+from agentsse.errors import AgentError, Conflict, NotFound
 from agentsse.events import (
     AgentFinished,
     AgentStarted,
+    InputReceived,
     InputRequested,
+    InputWithdrawn,
+    MessageReceived,
     PartFinished,
     PartStarted,
+    Paused,
+    Resumed,
     RunFinished,
     RunStarted,
     StepFinished,
@@ -176,6 +182,20 @@ class Scenario:
                     outer.start_soon(trio.sleep, 0.04)
                 await trio.lowlevel.checkpoint()
 
+    async def give_up(self, run):
+        """Ask something that nobody has to answer."""
+        with trio.move_on_after(0.005):
+            await run.ask("Or not?")
+
+    async def rest(self, run):
+        """Rest for a while, in two tasks."""
+        run.pause("a moment")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.rest_while_paused)
+            nursery.start_soon(run.rest_while_paused)
+            await trio.sleep(0.02)
+            run.resume()
+
     async def main(self, run, input):
         """Do everything at once."""
         async with self.tidy(run):
@@ -189,6 +209,12 @@ class Scenario:
                     nursery.start_soon(run.delegate, "child", "c")
                     nursery.start_soon(run.delegate, "chat", "What is it?")
                     nursery.start_soon(run.ask, "Shall I?")
+                    nursery.start_soon(self.give_up, run)
+                    nursery.start_soon(self.rest, run)
+                    nursery.start_soon(run.next_message)
+                    run.spawn("child", "w")
+                    run.spawn("bad", None)
+                    run.set_values(spawned=2)
                     if self.threads:
                         nursery.start_soon(run.call, block, {"word": "c"})
             with contextlib.suppress(AgentError):
@@ -215,7 +241,7 @@ async def follow(run, reader, got):
 
 
 async def answer(run, reader):
-    """Answer what is asked, a moment later; a run that is gone by then needs no answer."""
+    """Answer what is asked, a moment later, and say more; a run that is gone needs neither."""
     decoder = Decoder()
     while not reader.is_finished:
         chunk = reader.take()
@@ -224,6 +250,8 @@ async def answer(run, reader):
                 await trio.sleep(0.01)
                 with contextlib.suppress(NotFound):
                     run.context.answer(event.request_id, {"answer": "yes"})
+                with contextlib.suppress(Conflict):
+                    run.context.hear("Go on.", "steer")
         if not chunk and not reader.is_behind:
             await reader.wait()
     run.detach(reader, "finished")
@@ -294,6 +322,13 @@ def see_that_it_is_whole(run, runs):
     for event in events:
         if isinstance(event, AgentStarted):
             assert run.id == runs.find(event.child_run_id).parent_id
+    is_cancelled = run.end.outcome == "cancelled"
+    asked = [e.request_id for e in events if isinstance(e, InputRequested)]
+    over = [e.request_id for e in events if isinstance(e, InputReceived | InputWithdrawn)]
+    assert len(set(over)) == len(over)
+    assert set(asked) >= set(over) if is_cancelled else set(asked) == set(over)
+    rests = [type(e) for e in events if isinstance(e, Paused | Resumed)]
+    assert rests in ([], [Paused, Resumed], [Paused] if is_cancelled else [])
 
 
 # The blows
@@ -327,8 +362,13 @@ def test_the_scenario_plays_to_its_end(seed, same_steps):
     for blow in plays:
         run = play(blow, [by_nothing], seed=seed)
         assert ("success", "done", None) == (run.end.outcome, run.result, run.end.receipt.cause)
-        assert 3 == sum(isinstance(event, AgentStarted) for event in run.log.events)
-    assert plays[0].count == plays[1].count > 50
+        assert {AgentStarted: 5, InputWithdrawn: 1, InputReceived: 1, Resumed: 1} == {
+            kind: sum(isinstance(event, kind) for event in run.log.events)
+            for kind in (AgentStarted, InputWithdrawn, InputReceived, Resumed)
+        }
+        assert any(isinstance(event, MessageReceived) for event in run.log.events)
+        assert {"spawned": 2} == run.context.values
+    assert plays[0].count == plays[1].count > 100
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -276,7 +276,10 @@ def test_a_byte_order_mark_is_passed_over(write):
             "source = 'x'",
             "1: $.source: unknown; expected one of: server, limits, providers, agents, dialects",
         ),
-        ("[dialects.x]\nzzz = 1", "2: $.dialects.x.zzz: unknown; expected one of: mount"),
+        (
+            "[dialects.x]\nzzz = 1",
+            "2: $.dialects.x.zzz: unknown; expected one of: mount, agent, form",
+        ),
         ("server = 1", "1: $.server: expected a table, got 1"),
         ("[[agents]]", "1: $.agents: expected tables [agents.NAME], got an array"),
         ("[agents]\n'a b' = 7", "2: $.agents['a b']: expected a table, got 7"),

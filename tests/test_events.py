@@ -143,7 +143,7 @@ def test_type_names_are_snake_case_and_unique():
     assert all(re.fullmatch("[a-z]+(_[a-z]+)*", name) for name in EVENT_TYPES)
     assert {kind: name for name, kind in EVENT_TYPES.items()} == dict(TYPE_NAMES)
     assert "tool_output_delta" in EVENT_TYPES
-    assert 25 == len(EVENT_TYPES) == len(TYPE_NAMES)
+    assert 31 == len(EVENT_TYPES) == len(TYPE_NAMES)
 
 
 def test_words_that_python_reserves_have_their_own_names_on_the_wire():

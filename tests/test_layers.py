@@ -16,7 +16,7 @@ PACKAGE = Path(agentsse.__file__).parent
 VALUES = ("markdown", "events", "sse", "errors")
 OUTBOUND = ("http", "process")
 FAMILIES = ("providers", "dialects", "stores", "tools")
-ENGINE = ("runs", "agents", "models", "context", "log")
+ENGINE = ("threads", "runs", "flows", "agents", "models", "context", "feed", "log")
 SHELL = ("cli", "server", "app", "metrics", "listener", "config", "guide")
 BESIDE = ("", "__main__", "client", "testing")
 

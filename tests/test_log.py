@@ -418,6 +418,73 @@ async def test_append_is_legal_while_cancelled():
     assert ["last", " words", None] == [getattr(event, "delta", None) for event in log.events]
 
 
+# Who follows, and who speaks
+
+
+def test_who_follows_is_told_of_what_becomes_visible():
+    """The events themselves, in order, each once, and how many bytes they have; not before."""
+    told = []
+    log = Log("r1", follow=lambda events, size: told.append((events, size)))
+    write(log)
+    log.append(note("b"))
+    log.append(note("c"))
+    assert 1 == len(told)
+    log.commit(3)
+    log.commit(3)
+    log.close()
+
+    assert [log.events[:1], log.events[1:]] == [events for events, _ in told]
+    assert [sum(map(len, map(encode_event, events))) for events, _ in told] == [s for _, s in told]
+
+
+def test_who_follows_is_told_of_the_end():
+    """Closing makes visible what nobody had committed."""
+    told = []
+    log = Log("r1", follow=lambda events, size: told.append((len(events), size)))
+    write(log, 2)
+    log.append(note())
+    log.close()
+
+    assert [1, 1, 1] == [count for count, _ in told]
+    assert log.size == sum(size for _, size in told)
+
+
+def test_bytes_are_told_once_though_a_store_commits_late():
+    """With what is committed, or with what was before it; never twice, and none is left out."""
+    told = []
+    log = Log("r1", follow=lambda events, size: told.append((len(events), size)))
+    for _ in range(4):
+        log.append(note())
+    for end in (1, 3, 4):
+        log.commit(end)
+
+    assert [1, 2, 1] == [count for count, _ in told]
+    assert log.size == sum(size for _, size in told)
+
+
+def test_a_child_s_events_say_who_speaks():
+    """The log knows better than whoever made the event; without a path an event keeps its own."""
+    child, root = Log("r1", path=("worker:1", "helper:2")), Log("r2")
+    child.append(note())
+    child.append(said("a", path=("else",)))
+    root.append(note())
+    root.append(said("a", path=("else",)))
+
+    assert [("worker:1", "helper:2")] * 2 == [event.path for event in child.events]
+    assert [(), ("else",)] == [event.path for event in root.events]
+    assert child.size == sum(len(encode_event(event)) for event in child.events)
+
+
+def test_ways_of_reading_are_counted():
+    """Keys, not readers."""
+    log = Log("r1")
+    readers = [attach(log, key=key) for key in ("a", "a", "b")]
+    assert (2, True, False) == (log.ways, log.is_read_by("b"), log.is_read_by("c"))
+    for reader in readers:
+        log.detach(reader)
+    assert (0, False) == (log.ways, log.is_read_by("b"))
+
+
 # Wake-ups
 
 
@@ -753,6 +820,152 @@ async def test_a_slow_reader_keeps_nobody_waiting(autojump_clock):
         log.close()
 
     assert 500_000 == sum(map(len, quick)) == len(drain(slow))
+
+
+# Streams that end before the log does
+
+
+STOP = frozenset({PartFinished})
+
+
+def stop() -> PartFinished:
+    return PartFinished(part_id="p", kind="text", text="")
+
+
+def speak(log: Log, plan: str) -> None:
+    """Append a stop for every `|`, and else a note; visible at once."""
+    for sign in plan:
+        log.commit(log.append(stop() if sign == "|" else note()))
+
+
+def attach_to_stop(log: Log, after: Position = START, parts: int = 1, **more) -> Reader:
+    return log.attach("stops", lambda: Lines(parts), after, ends_at=STOP, **more)
+
+
+def test_a_reader_is_finished_behind_the_event_it_ends_at():
+    """The log goes on; whoever begins there reads on to the next one, or to the end."""
+    log = Log("r1")
+    early = attach_to_stop(log)
+    speak(log, "..|..|.")
+    readers = [early, *(attach_to_stop(log, Position(place)) for place in (2, 3, 5, 6))]
+
+    expected = ["1\n2\n3\n", "3\n", "4\n5\n6\n", "6\n", "7\n"]
+    assert expected == [drain(reader).decode() for reader in readers]
+    assert [True, True, True, True, False] == [reader.is_finished for reader in readers]
+    assert {False} == {reader.is_behind for reader in readers}
+    assert {b""} == {reader.take() for reader in readers}
+    log.close()
+    assert {True} == {reader.is_finished for reader in readers}
+    assert {False} == {reader.is_behind for reader in readers}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_reader_ends_behind_all_frames_of_its_last_event(parts):
+    """Also where it began between two of them, or what it ends at is the first event of all."""
+    log = Log("r1")
+    speak(log, "|.|")
+    for part in range(1, parts):
+        reader = attach_to_stop(log, Position(1, part), parts)
+        assert [frame_id(1, p, parts) for p in range(part + 1, parts + 1)] == (
+            drain(reader).decode().split()
+        )
+        assert reader.is_finished
+
+    reader = attach_to_stop(log, Position(1), parts)
+    assert 2 * parts == len(drain(reader).split())
+    assert reader.is_finished
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_reader_that_waits_for_its_end_is_not_finished_before(is_there):
+    """What it ends at may be in the log, or not yet."""
+    log = Log("r1")
+    reader = attach_to_stop(log)
+    speak(log, "..")
+    assert b"1\n2\n" == drain(reader)
+    assert (False, False) == (reader.is_finished, reader.is_behind)
+    speak(log, "|." if is_there else ".")
+
+    assert reader.is_behind
+    assert (b"3\n", is_there) == (drain(reader), reader.is_finished)
+
+
+def test_an_end_that_others_have_seen_is_not_this_reader_s():
+    """Readers of one rendering have each the end behind their own beginning."""
+    log = Log("r1")
+    first = attach_to_stop(log)
+    speak(log, ".|")
+    drain(first)
+    second = attach_to_stop(log, Position(2))
+    assert (True, False) == (first.is_finished, second.is_finished)
+    speak(log, ".|.|")
+
+    assert b"" == first.take()
+    assert (b"3\n4\n", True) == (drain(second), second.is_finished)
+    third = attach_to_stop(log, Position(3))
+    assert (b"4\n", True) == (drain(third), third.is_finished)
+
+
+def test_a_write_ends_where_the_reader_does():
+    """A take is cut there, though there were room for more."""
+    log = Log("r1")
+    reader = log.attach("stops", lambda: Blocks(MAX_WRITE // 4), START, ends_at=STOP)
+    speak(log, "." * 9 + "|" + "." * 9)
+    takes = []
+    while taken := reader.take():
+        takes.append(len(taken) * 4 // MAX_WRITE)
+
+    assert [4, 4, 2] == takes
+    assert reader.is_finished
+
+
+def test_an_end_far_down_a_long_log_is_found():
+    """Each take encodes a stride; a place that is not encoded yet is no end."""
+    log = Log("r1")
+    speak(log, "|" + "." * 2 * STRIDE + "|.")
+    reader = attach_to_stop(log, Position(2 * STRIDE))
+    assert (b"", True, False) == (reader.take(), reader.is_behind, reader.is_finished)
+
+    assert b"%d\n%d\n" % (2 * STRIDE + 1, 2 * STRIDE + 2) == drain(reader)
+    assert reader.is_finished
+
+
+def test_who_reads_on_sees_all_of_it():
+    """Beside those that end, in the same frames; it is finished when the log is."""
+    log, encoder = Log("r1"), Lines()
+    ends = log.attach("stops", lambda: encoder, START, ends_at=STOP)
+    speak(log, ".|.|.")
+    on = [attach_to_stop(log, Position(place), reads_on=True) for place in (0, 2, 3)]
+
+    assert (b"1\n2\n", True) == (drain(ends), ends.is_finished)
+    assert [b"1\n2\n3\n4\n5\n", b"3\n4\n5\n", b"4\n5\n"] == [drain(reader) for reader in on]
+    assert {False} == {reader.is_finished for reader in on}
+    log.close()
+    assert {True} == {reader.is_finished for reader in on}
+    assert Counter(range(1, 6)) == encoder.fed
+
+
+def test_who_reads_on_from_far_down_a_long_log_is_not_finished_before():
+    """Its place is not encoded yet, and what others end at is."""
+    log = Log("r1")
+    speak(log, "|" + "." * 2 * STRIDE)
+    reader = attach_to_stop(log, Position(2 * STRIDE), reads_on=True)
+    assert (b"", True, False) == (reader.take(), reader.is_behind, reader.is_finished)
+    assert b"%d\n" % (2 * STRIDE + 1) == drain(reader)
+
+
+async def test_waiting_for_a_reader_s_end_returns(autojump_clock):
+    """What it ends at wakes it like anything else."""
+    log, writes = Log("r1"), []
+    reader = attach_to_stop(log)
+    with trio.fail_after(SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow, reader, writes)
+            for sign in "..|..":
+                await trio.testing.wait_all_tasks_blocked()
+                speak(log, sign)
+
+    assert [b"1\n", b"2\n", b"3\n"] == writes
 
 
 # Coalescing

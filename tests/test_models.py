@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
-from test_agents import begin, chat, double, end, fail, opened, told
+from test_agents import Hesitant, begin, chat, double, end, fail, opened, told
 
 from agentsse.agents import Agent
 from agentsse.dialects import Start
@@ -392,6 +392,15 @@ async def test_the_same_calls_again_and_again_are_told_to_the_stream_and_the_mod
 async def test_the_same_malformed_arguments_three_times_end_the_run(autojump_clock, arguments):
     """The model has been told twice what would fit."""
     model, provider = chat([ask_for(("double", arguments), ("fail", ""))] * 9, tools=[double, fail])
+    run = await play(model, provider)
+    assert ("error", None, "loop_detected") == end(run)[:3]
+    assert 3 == len(provider.prompts)
+    assert [3] == [event["repeats"] for event in told(run, "loop_detected")]
+
+
+async def test_the_same_round_that_fails_three_times_ends_the_run(autojump_clock):
+    """Its calls are well formed, and none of them does what it should."""
+    model, provider = chat([ask_for(("fail", "{}"), ("fail", "{}"))] * 9, tools=[fail])
     run = await play(model, provider)
     assert ("error", None, "loop_detected") == end(run)[:3]
     assert 3 == len(provider.prompts)
@@ -864,3 +873,214 @@ async def test_an_answer_of_very_many_events_lets_others_have_their_turn(autojum
     run = await play(Agent.of_model("chat", "a:x", provider=provider), max_events=2_000)
     assert ("error", None, "limit") == end(run)[:3]
     assert len(fed) < 3_000
+
+
+# What people say meanwhile
+
+
+def said(messages):
+    """What was said, without who said it."""
+    return [m.content if isinstance(m, ToolMessage) else m.text for m in messages]
+
+
+async def test_steering_is_heard_after_the_round_and_a_follow_up_at_the_end(autojump_clock):
+    """In the order in which they were said, each once; later runs of the thread know of them."""
+    model, provider = chat(
+        [ask_for(("double", '{"n":1}')), [5.0, *say("One.")], say("Two.")], tools=[double]
+    )
+    async with opened(model, providers=[provider]) as runs:
+        order = Start(agent="chat", input="Hi.", delivery="stream", thread_id="t")
+        run, _ = runs.start(order, default="continue")
+        await trio.sleep(1)  # the tool is at work
+        for word, mode in (("f1", "follow_up"), ("s1", "steer"), ("f2", "follow_up")):
+            run.context.hear(word, mode)
+        run.context.hear("s2", "steer")
+        await trio.sleep(10)  # the second call is under way
+        run.context.hear("s3", "steer")
+        run.context.hear("f3", "follow_up")
+        await run.done.wait()
+    before = ["Hi.", "", "2", "s1", "s2"]
+    assert [
+        ["Hi."],
+        before,
+        [*before, "One.", "f1", "f2", "s3", "f3"],
+    ] == [said(prompt.messages) for prompt in provider.prompts]
+    assert ("success", "Two.") == end(run)[:2]
+    assert [*before, "One.", "f1", "f2", "s3", "f3", "Two."] == said(run.conversation)
+    assert {UserMessage} == {type(m) for m in provider.prompts[2].messages[-4:]}
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ([[5.0, *say("Done.")]], ("success", "Done.", None)),
+        ([[5.0, *ask_for(("double", '{"n":1}'))]], ("error", None, "too_many_steps")),
+    ],
+)
+async def test_what_comes_too_late_for_the_last_call_is_left_for_others(
+    script, outcome, autojump_clock
+):
+    """It is neither lost nor answered by an error."""
+    unheard = []
+    model, provider = chat(script, tools=[double])
+    async with opened(model, providers=[provider], max_steps=1) as runs:
+        runs.unheard = lambda run, messages: unheard.append((run, messages))
+        run = begin(runs, "chat", "Hi.")
+        await trio.sleep(1)
+        run.context.hear("a", "steer")
+        run.context.hear("b", "follow_up")
+        await run.done.wait()
+    assert outcome == end(run)[:3]
+    assert [(run, ["a", "b"])] == unheard
+
+
+async def test_who_went_round_in_circles_hears_both(autojump_clock):
+    """What the guard says, then what people said."""
+    model, provider = chat([ask_for(("double", '{"n":1}'))] * 10 + [say("x")], tools=[double])
+    async with opened(model, providers=[provider]) as runs:
+        run = begin(runs, "chat", "Hi.")
+        await trio.sleep(85)  # the tenth round
+        run.context.hear("Stop it.", "steer")
+        await run.done.wait()
+    assert [ENOUGH.format(repeats=10), "Stop it."] == said(provider.prompts[-1].messages)[-2:]
+    assert "x" == run.result
+
+
+async def test_a_model_within_the_run_of_a_function_hears_what_is_said_to_it(autojump_clock):
+    """It is the one that listens."""
+    inner, provider = chat([[5.0, *say("One.")], say("Two.")])
+
+    async def main(run, input):
+        return await inner(run, input)
+
+    async with opened(Agent("main", main), providers=[provider]) as runs:
+        run = begin(runs, input="Hi.")
+        await trio.sleep(1)
+        run.context.hear("And?", "follow_up")
+        await run.done.wait()
+    assert ["Hi.", "One.", "And?"] == said(provider.prompts[1].messages)
+    assert ("success", "Two.") == end(run)[:2]
+
+
+# Rest
+
+
+async def test_a_model_rests_before_its_next_call(autojump_clock):
+    """The round of tools that it is in goes on; what is said to it at rest it hears after that."""
+    model, provider = chat([ask_for(("double", '{"n":1}')), say("x"), say("y")], tools=[double])
+    async with opened(model, providers=[provider]) as runs:
+        run = begin(runs, "chat", "Hi.")
+        await trio.sleep(1)
+        run.pause("lunch")
+        await trio.sleep(3_000)
+        assert ("paused", 1) == (run.state, len(provider.prompts))
+        run.context.hear("Go on.", "steer")
+        run.context.hear("And then?", "follow_up")
+        await trio.sleep(10)
+        assert ("paused", 1) == (run.state, len(provider.prompts))
+        run.context.resume()
+        await trio.sleep(0.5)
+        assert ["Hi.", "", "2", "Go on."] == said(provider.prompts[1].messages)
+        await run.done.wait()
+    heard = [e for e in types(run) if e in ("tool_finished", "paused", "resumed", "part_started")]
+    assert ["part_started", "tool_finished", "paused", "resumed", "part_started"] == heard[:5]
+    assert ["Hi.", "", "2", "Go on.", "x", "And then?"] == said(provider.prompts[2].messages)
+    assert "y" == run.result
+
+
+async def test_the_time_at_rest_is_not_counted_against_anybody(autojump_clock):
+    """Also within a step, beside one that could be stalled: nothing says that it is alive."""
+    model, provider = chat([say("x")])
+
+    async def main(run, input):
+        with run.step("think", kind="flow"), run.watched() as scope:
+            await model(run, input)
+        return scope.cancelled_caught
+
+    async with opened(Agent("main", main), providers=[provider], stall=50) as runs:
+        run = begin(runs)
+        run.pause()
+        await trio.sleep(3_005)
+        run.context.resume()
+        await run.done.wait()
+    assert run.result is False
+    assert [] == told(run, "liveness", "stalled")
+
+
+async def test_a_model_may_be_told_to_rest_before_it_has_begun(autojump_clock):
+    """Also while its run waits for its turn."""
+    model, provider = chat([say("a"), say("b")])
+    async with opened(model, providers=[provider], max_running=1) as runs:
+        first, second = begin(runs, "chat", "one"), begin(runs, "chat", "two")
+        second.pause()
+        assert "queued" == second.state
+        await first.done.wait()
+        await trio.sleep(5)
+        assert ("paused", 1) == (second.state, len(provider.prompts))
+        second.context.resume()
+        await second.done.wait()
+    assert ["paused", "resumed", "step_started"] == types(second)[:3]
+    assert "b" == second.result
+
+
+async def test_a_model_that_is_cancelled_at_rest_makes_no_further_call(autojump_clock):
+    """It ends at once, and is not told to go on."""
+    model, provider = chat([ask_for(("double", '{"n":9}')), say("x")], tools=[double])
+    async with opened(model, providers=[provider]) as runs:
+        run = begin(runs, "chat", "Hi.")
+        run.context.hear("unheard", "steer")
+        await trio.sleep(0.5)
+        run.pause()
+        await trio.sleep(10)
+        run.cancel("client_cancel")
+        await run.done.wait()
+        assert 10.5 == trio.current_time()
+    assert ("cancelled", None) == end(run)[:2]
+    assert "paused" == types(run)[-1]
+    assert 1 == len(provider.prompts)
+
+
+# Workers and the watch
+
+
+async def test_a_worker_does_not_keep_its_model_from_being_watched(autojump_clock):
+    """Nobody waits for it: a stream that has stopped is given up while it works on."""
+
+    async def last(run, input):
+        await trio.sleep_forever()
+
+    @tool
+    async def start() -> str:
+        """Start a worker."""
+        return running[0].spawn("last", None)
+
+    running = []
+    model, provider = chat([ask_for(("start", "")), [math.inf]], tools=[start])
+    async with opened(model, Agent("last", last), providers=[provider]) as runs:
+        run = begin(runs, "chat", "Hi.")
+        running.append(run.context)
+        await run.done.wait()
+        assert 600 <= trio.current_time() <= 620
+    assert ("error", None, "stalled") == end(run)[:3]
+    assert 1 == len(told(run, "agent_finished"))
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+async def test_a_provider_s_own_tool_has_its_end_at_the_bound(is_late, autojump_clock):
+    """Its own answer where there is one, else that there is none; it stays the provider's."""
+    started = ToolStarted(call_id="c", name="search", arguments=Raw(b"{}"))
+    finished = ToolFinished(
+        call_id="c", name="search", result=Raw(b"[1]"), is_error=False, source="mcp"
+    )
+    agent = Agent.of_model("own", "any:m", provider=Hesitant([[started, finished, Finish("stop")]]))
+    if is_late:
+        agent, provider = chat([[started, 1.0, finished, Finish("stop")]])
+    run = await play(agent, *([provider] if is_late else []), max_events=3)
+    assert ("error", None, "limit") == end(run)[:3]
+    assert ["step_started", "tool_started", "tool_finished", "step_finished"] == types(run)
+    (last,) = told(run, "tool_finished")
+    assert ("provider", True) if is_late else ("mcp", False) == (last["source"], last["is_error"])
+    assert is_late or [1] == last["result"]

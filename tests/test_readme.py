@@ -38,10 +38,23 @@ async def test_the_agent_in_the_readme_runs(autojump_clock):
     assert sum(isinstance(event, Custom) for event in run.log.events) == 2
 
 
+async def test_the_flow_in_the_readme_runs(autojump_clock):
+    """The flow works as it is printed: it asks, and does what was said."""
+    scope = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), scope)
+    async with open_runs({"triage": scope["triage"]}) as runs:
+        order = Start(agent="triage", input="my vpn", delivery="wait")
+        run, _ = runs.start(order, default="cancel")
+        await run.wait_done_or_asking()
+        run.context.answer_next("yes")
+        await run.done.wait()
+    assert run.result == "provisioned: yes"
+
+
 async def test_the_test_in_the_readme_passes():
     """The example of `agentsse.testing` works as it is printed."""
     scope = {}
-    exec(compile(blocks("python")[1], "README.md", "exec"), scope)
+    exec(compile(blocks("python")[2], "README.md", "exec"), scope)
     with trio.fail_after(30):
         await scope["test_it"]()
     assert scope["helper"].function.provider.open_streams == 0
@@ -56,7 +69,8 @@ def test_every_event_type_is_told(name):
 @pytest.mark.parametrize("route", NATIVE.routes, ids=lambda route: f"{route.method} {route.path}")
 def test_every_route_is_told(route):
     """The table of routes is complete."""
-    path = route.path.replace("<run_id>", "{id}").replace("<agent>", "{agent}")
+    path = re.sub("<(run|thread)_id>", "{id}", route.path)
+    path = path.replace("<agent>", "{agent}").replace("<trigger_id>", "{name}")
     assert f"`{route.method} {path}`" in README
 
 

@@ -12,6 +12,7 @@ import math
 import threading
 import weakref
 from contextlib import asynccontextmanager
+from itertools import chain
 
 import attrs
 import msgspec
@@ -20,8 +21,9 @@ import trio
 import trio.testing
 
 from agentsse.agents import Agent
+from agentsse.context import MAX_HEARD, MAX_UNHEARD
 from agentsse.dialects import Start
-from agentsse.dialects.native import NativeEncoder
+from agentsse.dialects.native import NATIVE, NativeEncoder
 from agentsse.errors import (
     AgentError,
     BadRequest,
@@ -33,6 +35,8 @@ from agentsse.errors import (
     Unencodable,
 )
 from agentsse.events import (
+    TYPE_NAMES,
+    Custom,
     PartDelta,
     PartFinished,
     PartStarted,
@@ -585,6 +589,330 @@ async def test_a_key_is_forgotten_with_its_run(autojump_clock):
             await begin(runs, sleeping, 1).done.wait()
         second, is_new = runs.start(order, default="cancel")
         assert (True, True) == (is_new, second is not first)
+
+
+# Agents and ids that a client names
+
+
+async def test_an_agent_is_found_by_its_name_or_its_model(autojump_clock):
+    """The first of the names that there is; without one it is the server's first agent."""
+    chat = Agent.of_model("chat", "offline:x")
+    named = make(forever, name="offline.x")
+    async with opened(sleeping, chat, named) as runs:
+        choose = runs.choose_agent
+        assert ["sleeping", "chat", "chat", "chat", "offline.x"] == [
+            chosen.name
+            for chosen in (
+                choose(None),
+                choose("chat"),
+                choose("offline:x"),
+                choose("gone", "offline:x", "sleeping"),
+                choose("offline.x", "chat"),
+            )
+        ]
+        with pytest.raises(NotFound, match=r"sleeping, got 'gone'"):
+            choose("gone", "gone too")
+        run = begin(runs, "gone", 1, otherwise=("other", "sleeping"))
+        assert "sleeping" == run.agent.name
+    async with opened() as runs:
+        with pytest.raises(NotFound, match=r"one of the agents \(none\), got '\(none\)'"):
+            runs.choose_agent(None)
+
+
+async def test_a_client_may_name_its_run(autojump_clock):
+    """As long as there is no other of that name, whether it goes on or is kept."""
+    async with opened(sleeping, retain_age=60, max_running=1) as runs:
+        run, queued = (begin(runs, sleeping, 1, run_id=name) for name in ("mine", "next"))
+        assert ("mine", run) == (run.id, runs.find("mine"))
+        for name in ("mine", "next"):
+            with pytest.raises(Conflict, match=f"the id of a new run, got '{name}', which there"):
+                begin(runs, sleeping, 1, run_id=name)
+        await queued.done.wait()
+        with pytest.raises(Conflict, match="got 'mine'"):
+            begin(runs, sleeping, 1, run_id="mine", thread_id="t")
+        assert None is runs.find_thread("t")
+        await trio.sleep(61)
+        again = begin(runs, sleeping, 1, run_id="mine")
+        assert (again, "running") == (runs.find("mine"), again.state)
+        with pytest.raises(BadRequest, match="run_id: expected what JSON can hold"):
+            begin(runs, sleeping, 1, run_id="half \ud800")
+        assert [again] == list(runs)
+
+
+async def test_the_same_key_and_the_same_id_are_the_same_run(autojump_clock):
+    """Whoever tries again with both gets what there is, and no conflict."""
+    async with opened(sleeping) as runs:
+        order = {"run_id": "mine", "idempotency_key": "k"}
+        assert begin(runs, sleeping, 1, **order) is begin(runs, sleeping, 1, **order)
+
+
+async def test_a_run_may_begin_a_thread(autojump_clock):
+    """Of its own name, unless it has another one."""
+    async with opened(sleeping) as runs:
+        own = begin(runs, sleeping, 1, makes_thread=True)
+        named = begin(runs, sleeping, 1, makes_thread=True, run_id="mine")
+        other = begin(runs, sleeping, 1, makes_thread=True, thread_id="t")
+        alone = begin(runs, sleeping, 1)
+        assert [own.id, "mine", "t", None] == [run.thread_id for run in (own, named, other, alone)]
+        assert [own.home, named.home, other.home] == list(runs.threads.values())
+        assert None is alone.home
+        with pytest.raises(Conflict, match="'mine' is busy with the run mine"):
+            begin(runs, sleeping, 1, thread_id="mine")
+
+
+async def test_what_was_said_to_begin_a_run_is_shown(autojump_clock):
+    """Behind its beginning, also where the run never runs."""
+    async with opened(sleeping, max_running=1) as runs:
+        run = begin(runs, sleeping, 1, shown="half \ud800")
+        queued = begin(runs, sleeping, 1, shown="")
+        queued.cancel("client_cancel")
+        await run.done.wait()
+    assert ["half \ufffd", ""] == [one.log.events[1].text for one in (run, queued)]
+    assert {"steer"} == {one.log.events[1].mode for one in (run, queued)}
+    ends = ["run_started", "message_received", "run_finished"]
+    assert ends == types(run) == types(queued)
+
+
+# Threads
+
+
+async def test_a_thread_is_there_as_long_as_anything_is_in_it(autojump_clock):
+    """Runs that go on, wait or are kept, their child runs, and whoever else holds it."""
+
+    async def main(run, input):
+        await run.delegate("sleeping", 1)
+
+    async with opened(main, sleeping, retain_runs=2) as runs:
+        assert runs.find_thread("t") is runs.find_thread(None) is None
+        run = begin(runs, main, thread_id="t")
+        queued = begin(runs, sleeping, 1, thread_id="t", if_busy="enqueue")
+        thread = runs.find_thread("t")
+        assert thread is run.home is runs.open_thread("t")
+        assert ([run, queued], run, run) == (thread.active, thread.run, thread.running)
+        await trio.testing.wait_all_tasks_blocked()
+        (child,) = thread.workers
+        assert (run.id, thread) == (child.parent_id, child.home)
+        run.cancel("client_cancel")
+        assert (run, None) == (thread.run, thread.running)
+        await queued.done.wait()
+        assert ([], [run, queued], []) == (thread.active, thread.kept, thread.workers)
+        assert (queued, None) == (thread.run, thread.running)
+        thread.holders.add("somebody")
+        for _ in range(2):
+            await begin(runs, sleeping, 1).done.wait()
+        assert ([], None) == (thread.kept, thread.run)
+        runs.drop_thread(thread)
+        assert thread is runs.find_thread("t")
+        thread.holders.clear()
+        runs.drop_thread(thread)
+        assert None is runs.find_thread("t")
+
+
+async def test_a_thread_is_about_the_run_that_goes_on(autojump_clock):
+    """Also where one that came before it still waits, because its agent has no room."""
+    shy = make(forever, name="shy", max_running=1)
+    async with opened(shy, forever) as runs:
+        begin(runs, "shy")
+        queued = begin(runs, "shy", thread_id="t")
+        run = begin(runs, forever, thread_id="t", if_busy="enqueue")
+        assert ([queued, run], run, run) == (run.home.active, run.home.run, run.home.running)
+        run.cancel("client_cancel")
+        await run.done.wait()
+        assert (queued, None) == (run.home.run, run.home.running)
+
+
+async def test_a_thread_that_was_forgotten_is_another_one_afterwards(autojump_clock):
+    """Its runs are kept as long as others; nothing of it is known to who comes later."""
+    async with opened(sleeping) as runs:
+        run = begin(runs, sleeping, 1, thread_id="t")
+        await run.done.wait()
+        runs.forget_thread(run.home)
+        assert run is runs.find(run.id)
+        later = begin(runs, sleeping, 1, thread_id="t")
+        assert later.home is not run.home
+        assert () == later.context.history
+        runs.forget_thread(run.home)
+        assert later.home is runs.find_thread("t")
+
+
+async def test_a_thread_s_feed_has_what_its_workers_say(autojump_clock):
+    """At any depth, each event once and with its path, between those of the run above."""
+
+    async def leaf(run, input):
+        run.emit("leaf")
+        await trio.sleep(1)
+
+    async def worker(run, input):
+        run.emit("worker")
+        run.spawn("leaf", None)
+        await trio.sleep(1)
+
+    async def main(run, input):
+        run.spawn("worker", None)
+        run.spawn("worker", None)
+        await trio.sleep(5)
+        run.emit("main")
+
+    async with opened(main, worker, leaf) as runs:
+        run = begin(runs, main, thread_id="t")
+        other = begin(runs, leaf, thread_id="u")
+        await runs.wait_idle()
+        thread = run.home
+        logs = [run.log.events, *(one.log.events for one in thread.workers)]
+        assert 4 == len(thread.workers)
+        assert sorted(map(id, chain(*logs))) == sorted(map(id, thread.feed.events))
+        assert other.log.events == list(other.home.feed.events)
+        told = [(e.name, e.path) for e in thread.feed.events if isinstance(e, Custom)]
+    assert [
+        ("leaf", ("worker:1", "leaf:1")),
+        ("leaf", ("worker:2", "leaf:1")),
+        ("main", ()),
+        ("worker", ("worker:1",)),
+        ("worker", ("worker:2",)),
+    ] == sorted(told)
+
+
+async def test_the_server_s_feed_has_all_but_deltas_once_somebody_reads_it(autojump_clock):
+    """Of runs without a thread as well; until then it costs nothing."""
+
+    async def speaking(run, input):
+        run.text(input)
+        await trio.sleep(1)
+
+    async with opened(speaking) as runs:
+        await begin(runs, speaking, "a").done.wait()
+        assert () == tuple(runs.feed.events)
+        reader = runs.feed.attach("native", lambda: NATIVE.feed.encoder(None), None)
+        runs.feed.detach(reader)
+        run = begin(runs, speaking, "b")
+        await begin(runs, speaking, "c", thread_id="t").done.wait()
+        assert 2 * [e.run_id for e in runs.feed.events].count(run.id) == len(runs.feed.events)
+    assert ["run_started", "part_started", "part_finished", "run_finished"] == [
+        TYPE_NAMES[type(event)] for event in runs.feed.events if event.run_id == run.id
+    ]
+
+
+async def test_refusing_ends_the_streams_of_feeds_and_no_run(autojump_clock):
+    """They would go on for ever; what runs may end by itself."""
+    async with opened(sleeping) as runs:
+        run = begin(runs, sleeping, 5, thread_id="t")
+        readers = [
+            feed.attach("native", lambda: NATIVE.feed.encoder(None), None)
+            for feed in (runs.feed, run.home.feed)
+        ]
+        runs.refuse()
+        assert ["shutdown"] * 2 == [reader.closing for reader in readers]
+        with pytest.raises(Overloaded):
+            begin(runs, sleeping, 5)
+        await run.done.wait()
+    assert FINE == ended(run)
+
+
+# What was said too late
+
+
+async def ends_well(run, input):
+    await trio.sleep(5)
+
+
+async def ends_badly(run, input):
+    await trio.sleep(5)
+    raise ValueError
+
+
+async def overflows(run, input):
+    await trio.sleep(5)
+    while True:
+        run.emit("more")
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("main", "cause", "is_told"),
+    [
+        (ends_well, None, True),
+        (ends_badly, None, True),
+        (overflows, "limit", True),
+        (asking, "input_timeout", True),
+        (forever, "deadline", True),
+        (forever, "client_cancel", False),
+        (forever, "disconnect", True),
+        (forever, "shutdown", False),
+    ],
+)
+async def test_what_nobody_has_heard_is_handed_over_unless_the_run_was_stopped(
+    main, cause, is_told, autojump_clock
+):
+    """Once, in order, when the run is over and found as such."""
+    unheard = []
+    limits = {"max_events": 50, "input_timeout": 5, "run_timeout": 6}
+    async with opened(main, **limits) as runs:
+        runs.unheard = lambda run, messages: unheard.append((run.state, run.id, messages))
+        run, silent = begin(runs, main), begin(runs, main)
+        run.context.hear("a", "follow_up")
+        run.context.hear("b", "steer")
+        await trio.sleep(1)
+        if main is forever and cause != "deadline":
+            run.cancel(cause)
+        await run.done.wait()
+        silent.cancel("client_cancel")
+    assert cause == run.end.receipt.cause
+    assert ([("finished", run.id, ["a", "b"])] if is_told else []) == unheard
+
+
+async def test_by_default_what_nobody_has_heard_is_nobody_s(autojump_clock):
+    """Threads are told of it where there are any."""
+    async with opened(ends_well) as runs:
+        run = begin(runs, ends_well)
+        run.context.hear("a", "steer")
+        await run.done.wait()
+    assert FINE == ended(run)
+
+
+# Waiting for an end or a question
+
+
+async def test_whoever_waits_for_an_answer_gets_a_question_too(autojump_clock):
+    """Until the run is over, or asks something itself; many may wait."""
+
+    async def main(run, input):
+        await trio.sleep(1)
+        await run.delegate("asking", 1)  # that is not this run's question
+        await run.ask("Sure?")
+        await trio.sleep(1)
+
+    async def wait(run):
+        await run.wait_done_or_asking()
+        woken.append((trio.current_time(), run.state))
+
+    woken = []
+    async with opened(main, asking) as runs:
+        run = begin(runs, main)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, run)
+            nursery.start_soon(wait, run)
+            await trio.sleep(2)
+            (child,) = run.children
+            child.context.answer("q1", {"answer": ""})
+        assert [(3, "waiting")] * 2 == woken
+        await wait(run)
+        async with trio.open_nursery() as nursery:
+            run.context.answer("q1", {"answer": ""})
+            nursery.start_soon(wait, run)
+            nursery.start_soon(wait, run)
+        await wait(run)
+    assert [(3, "waiting")] * 3 + [(4, "finished")] * 3 == woken
+
+
+async def test_a_question_that_was_answered_meanwhile_is_waited_over(autojump_clock):
+    """Whoever wakes up looks again."""
+    async with opened(sleeping) as runs:
+        run = begin(runs, sleeping, 3)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.wait_done_or_asking)
+            await trio.testing.wait_all_tasks_blocked()
+            run._wake_waiting()
+        assert (3, "finished") == (trio.current_time(), run.state)
 
 
 # Why a run ends
@@ -1338,10 +1666,11 @@ async def test_a_snapshot_shows_what_has_been_said(autojump_clock):
 
 
 async def test_a_brief_snapshot_leaves_out_what_may_be_large(autojump_clock):
-    """Where runs are listed, input, metadata and output are not there, not even as null."""
+    """Where runs are listed, what was given and said is not there, not even as null."""
 
     async def main(run, input):
         run.text("It is")
+        run.set_values(n=1)
         await trio.lowlevel.checkpoint()
 
     async with opened(main) as runs:
@@ -1351,7 +1680,7 @@ async def test_a_brief_snapshot_leaves_out_what_may_be_large(autojump_clock):
         msgspec.json.decode(msgspec.json.encode(run.snapshot(brief=brief)))
         for brief in (False, True)
     )
-    large = {"input": "what?", "metadata": {"m": 1}, "output": "It is"}
+    large = {"input": "what?", "metadata": {"m": 1}, "output": "It is", "values": {"n": 1}}
     assert whole == brief | large
     assert set() == set(brief) & set(large)
 
@@ -1385,6 +1714,29 @@ async def delegating(run, input):
         await run.delegate("forever", None)
 
 
+async def working(run, input):
+    for worker in ("returning", "crashing", "forever"):
+        run.spawn(worker, None)
+    await trio.sleep_forever()
+
+
+async def conversing(run, input):
+    run.set_values(input)
+    run.host.pause("lunch")
+    with trio.move_on_after(0.5):
+        await run.rest_while_paused()
+    run.resume()
+    run.hear("a", "steer")
+    run.hear("b", "follow_up")
+    await run.next_message()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run.ask, "How?")
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0.5):
+            await run.ask("Really?")
+        run.answer_next("so")
+
+
 @tool
 async def nothing(*, well: bool) -> None:
     """Do nothing."""
@@ -1403,10 +1755,13 @@ async def calling(run, input):
         await trio.lowlevel.checkpoint()
 
 
-@pytest.mark.parametrize("main", [returning, crashing, delegating, calling, forever])
+@pytest.mark.parametrize(
+    "main", [returning, crashing, delegating, working, calling, conversing, forever]
+)
 async def test_a_run_that_is_not_kept_is_freed_at_once(main, no_collector, autojump_clock):
     """Nothing in it, or in the runs below it, refers to itself, however it ended."""
-    async with opened(returning, crashing, forever, delegating, calling, retain_runs=4) as runs:
+    mains = (returning, crashing, forever, delegating, working, calling, conversing)
+    async with opened(*mains, retain_runs=4) as runs:
         run = begin(runs, main, {"much": "x"}, metadata={"m": 1}, idempotency_key="k")
         reader = read(run)
         await trio.sleep(2)
@@ -1416,13 +1771,37 @@ async def test_a_run_that_is_not_kept_is_freed_at_once(main, no_collector, autoj
         assert (None, None) == (run.context.input, run.context.metadata)
         assert b'{"much":"x"}' == bytes(run.snapshot().input)
         gone = [weakref.ref(one) for run in runs for one in (run, run.context)]
-        assert (8 if main is delegating else 2) == len(gone)
+        assert (8 if main in (delegating, working) else 2) == len(gone)
         runs.report.seen.clear()
         del run, reader
         for _ in range(4):
             await begin(runs, returning).done.wait()
         await trio.testing.wait_all_tasks_blocked()
         assert [None] * len(gone) == [one() for one in gone]
+
+
+@pytest.mark.parametrize("main", [delegating, working])
+@pytest.mark.parametrize("thread_id", [None, "t"])
+async def test_a_child_run_does_not_keep_the_run_above(
+    main, thread_id, no_collector, autojump_clock
+):
+    """Once it is over it knows the other one's id, and no more of it."""
+    async with opened(main, returning, crashing, forever, retain_runs=4) as runs:
+        run = begin(runs, main, thread_id=thread_id)
+        await trio.sleep(2)
+        children = [one for one in runs if one.parent_id]
+        run.cancel("client_cancel")
+        await run.done.wait()
+        assert [run.id] * 3 == [child.parent_id for child in children]
+        gone = [weakref.ref(run), weakref.ref(run.context)]
+        runs.report.seen.clear()
+        del run
+        for _ in range(4):
+            await begin(runs, returning).done.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert [None, None] == [one() for one in gone]
+        assert {None} == {child.parent for child in children}
+        assert {} == runs.threads
 
 
 async def test_finished_runs_are_kept_within_a_count(autojump_clock):
@@ -1586,3 +1965,65 @@ async def test_by_default_nothing_is_reported_anywhere(autojump_clock):
         run = begin(runs, "main")
         await run.done.wait()
     assert ("error", None, "crashed") == ended(run)
+
+
+async def test_a_run_rests_with_all_below_it(autojump_clock):
+    """Also with what is begun below it meanwhile; both go on together."""
+    steps = []
+
+    async def below(run, input):
+        for number in range(2):
+            await run.rest_while_paused()
+            steps.append((input, number, trio.current_time()))
+            await trio.sleep(2)
+
+    async def above(run, input):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run.delegate, "below", "early")
+            await trio.sleep(1.5)
+            nursery.start_soon(run.delegate, "below", "late")
+
+    async with opened(above, below) as runs:
+        run = begin(runs, above)
+        await trio.sleep(1)
+        run.pause("wait")
+        await trio.sleep(9)
+        assert [("early", 0, 0.0)] == steps
+        assert {"paused"} == {child.state for child in run.children}
+        run.resume()
+        await run.done.wait()
+    assert [("early", 1, 10.0), ("late", 0, 10.0)] == sorted(steps[1:3])
+
+
+async def test_a_run_that_pauses_itself_pauses_nobody_else(autojump_clock):
+    """What it begins meanwhile goes on: it would not be told when that is over."""
+
+    async def below(run, input):
+        await run.rest_while_paused()
+        return trio.current_time()
+
+    async def above(run, input):
+        run.pause("a moment")
+        began = await run.delegate("below", None)
+        run.resume()
+        return began
+
+    async with opened(above, below) as runs:
+        run = begin(runs, above)
+        await run.done.wait()
+    assert ("success", 0.0) == (run.end.outcome, run.result)
+
+
+async def test_a_run_that_does_not_listen_is_told_so_much_and_no_more(autojump_clock):
+    """By number and by size; what it is shown counts for nothing."""
+    async with opened(forever) as runs:
+        run, other = begin(runs, forever), begin(runs, forever)
+        for _ in range(MAX_HEARD):
+            run.context.hear("a", "steer")
+        with pytest.raises(Overloaded, match=f"expected at most {MAX_HEARD} messages"):
+            run.context.hear("a", "steer")
+        other.context.hear("x" * MAX_UNHEARD, "steer", shown="")
+        with pytest.raises(Overloaded, match=f"of {MAX_UNHEARD} characters"):
+            other.context.hear("y", "steer")
+        assert 1 == len(other.context.take_messages())
+        other.context.hear("y", "steer")

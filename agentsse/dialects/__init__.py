@@ -4,17 +4,30 @@ Knows: requests and the few things that any protocol can ask for. Must never kno
 sockets, nor which dialects there are. A dialect is one value in one file: its routes as data, each
 with a pure `decode`, and an `Encoder`. The server is one loop over those values and never names
 one.
+
+A run is read from its log, event by event, each encoded once however many read it: `Encoder`. A
+thread, or the whole server, is read from a feed, which forgets: `FeedEncoder`.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import attrs
 import msgspec
 
-from agentsse.events import AnyEvent, Problem, RunSnapshot
+from agentsse.errors import BadRequest, NotAcceptable
+from agentsse.events import (
+    EVENT_TYPES,
+    AnyEvent,
+    Problem,
+    RunSnapshot,
+    ThreadSnapshot,
+)
 
 SSE = "text/event-stream; charset=utf-8"
+JSON = "application/json"
+
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 @attrs.frozen
@@ -36,24 +49,86 @@ class Request:
     body: bytes = b""
 
 
+@attrs.frozen
+class Reply:
+    """A whole response that is no stream."""
+
+    body: bytes
+    status: int = 200
+    media_type: str = JSON
+    headers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+RunReply: TypeAlias = Callable[[RunSnapshot, Sequence[AnyEvent]], Reply]
+"""Makes the answer out of a run as it stands and all its events. Pure."""
+
+ThreadReply: TypeAlias = Callable[[ThreadSnapshot, Sequence[AnyEvent]], Reply]
+"""Makes the answer out of a thread as it stands and what its feed still holds. Pure."""
+
+
+@attrs.frozen(kw_only=True)
+class Framing:
+    """What stands around and between the frames of a stream.
+
+    Attributes:
+        prelude: First bytes of the stream, sent at once.
+        heartbeat: Bytes that mean nothing, for a line that is silent; None where it has none.
+        farewell: Frames before the end of a stream whose run goes on, given the milliseconds after
+            which the client should come back.
+        ends_at: Events behind which a response ends although the run goes on: the next request
+            opens another one.
+    """
+
+    media_type: str = SSE
+    prelude: bytes = b""
+    heartbeat: bytes | None = None
+    farewell: Callable[[int], bytes] = lambda _milliseconds: b""
+    ends_at: frozenset[type[AnyEvent]] = frozenset()
+
+
+# What can be asked for ----------------------------------------------------------------------------
+
+
 @attrs.frozen(kw_only=True)
 class Start:
     """Start a run, and stream it, wait for its end, or leave it to itself.
 
     Attributes:
+        agent: Its name; None where the one of the thread, else the one that the dialect or the
+            server is set to, will do.
+        otherwise: Further names, the first that there is counts. An agent is also found by the
+            `PROVIDER:MODEL` it runs on.
         delivery: How the answer comes.
         on_disconnect: The policy that the client asked for; None for the default.
+        run_id: Where the client names the run; it must be new.
+        shown: Begin with a `message_received` that shows this.
+        must_exist: Refuse a thread that nobody has used yet.
+        makes_thread: Without a `thread_id`, begin a thread: its id is the run's.
+        resumes: Where the thread's run waits for a person, the input is the answer, and the
+            response goes on with that run.
+        instructions: What a model agent is told first, instead of its own.
+        uses_tools: Otherwise a model agent has none in this run.
         coalesce: Seconds; None for the server's.
         timeout: Seconds the run may take; None for the agent's or the server's.
         fingerprint: Of the body: the same idempotency key must come with the same one.
         options: What the dialect's encoder is made with.
+        framing: Of this stream; None for the dialect's.
+        reply: Makes the answer where it is no stream; None for the dialect's own `present`.
     """
 
-    agent: str
+    agent: str | None
     input: Any
     delivery: Literal["stream", "wait", "background"]
+    otherwise: tuple[str, ...] = ()
     on_disconnect: str | None = None
+    run_id: str | None = None
     thread_id: str | None = None
+    shown: str | None = None
+    must_exist: bool = False
+    makes_thread: bool = False
+    resumes: bool = False
+    instructions: str | None = None
+    uses_tools: bool = True
     coalesce: float | None = None
     timeout: float | None = None
     metadata: Any = None
@@ -61,6 +136,8 @@ class Start:
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     options: Hashable = None
+    framing: Framing | None = None
+    reply: RunReply | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -77,25 +154,97 @@ class Watch:
     after: tuple[int, int] = (0, 0)
     dialect: str | None = None
     options: Hashable = None
+    framing: Framing | None = None
+    headers_only: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class WatchFeed:
+    """Stream what happens in a thread, or on the whole server.
+
+    Attributes:
+        thread_id: None for the server.
+        after: The id of the last frame that the client has seen; None to begin with what the feed
+            still holds, `now` to begin with what comes.
+        must_exist: Refuse a thread that nobody has used yet.
+    """
+
+    thread_id: str | None = None
+    after: str | None = None
+    must_exist: bool = False
+    options: Hashable = None
     headers_only: bool = False
 
 
 @attrs.frozen(kw_only=True)
 class Cancel:
-    """Cancel a run, and wait until it is gone."""
+    """Cancel a run, or whatever goes on in a thread, and wait until it is gone.
 
-    run_id: str
+    Attributes:
+        waits: Otherwise the answer comes at once.
+        reply: Makes the answer; `reply_if_over` where the run was over already.
+        reply_if_idle: The answer where nothing goes on in the thread; otherwise that is a conflict.
+    """
+
+    run_id: str | None = None
+    thread_id: str | None = None
     reason: str | None = None
     mode: Literal["now", "after_step"] = "now"
+    waits: bool = True
+    reply: RunReply | None = None
+    reply_if_over: RunReply | None = None
+    reply_if_idle: Reply | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Answer:
-    """Answer what a run asks; `request_id` may be left out where it asks one thing only."""
+    """Answer what a run asks; `request_id` may be left out where it asks one thing only.
+
+    Attributes:
+        is_loose: The client does not know what kinds of questions there are: `"yes"` will do for a
+            confirmation, a label for an option, and some of the answers may come later.
+    """
 
     run_id: str
     answers: Mapping[str, Any]
     request_id: str | None = None
+    is_loose: bool = False
+    reply: RunReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Tell:
+    """Say something to a run that goes on, or to a thread.
+
+    A run hears it after the round of tools that it is in (`steer`), or when it would have ended
+    (`follow_up`). A thread's run that waits for a person takes it as the answer; a thread with no
+    run starts one.
+
+    Attributes:
+        shown: What is shown of it in the stream; None for the text.
+        reply: Makes the answer where a run was told; None for the dialect's own `present`.
+        thread_reply: The same where a thread was.
+    """
+
+    text: str
+    run_id: str | None = None
+    thread_id: str | None = None
+    mode: Literal["steer", "follow_up"] = "steer"
+    shown: str | None = None
+    must_exist: bool = False
+    reply: RunReply | None = None
+    thread_reply: ThreadReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Pause:
+    """Let a run, or what goes on in a thread, rest before its next step; `resume`: let it go on."""
+
+    run_id: str | None = None
+    thread_id: str | None = None
+    resume: bool = False
+    reason: str | None = None
+    reply: RunReply | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -103,6 +252,7 @@ class Show:
     """Show a run as it stands."""
 
     run_id: str
+    reply: RunReply | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -111,6 +261,7 @@ class ListRuns:
 
     state: str | None = None
     limit: int = 100
+    reply: Callable[[Sequence[RunSnapshot]], Reply] | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -118,7 +269,93 @@ class ListAgents:
     """List what can be run."""
 
 
-Intent: TypeAlias = Start | Watch | Cancel | Answer | Show | ListRuns | ListAgents
+@attrs.frozen(kw_only=True)
+class OpenThread:
+    """Begin a thread that stays until it is closed, whether anything runs in it or not.
+
+    Attributes:
+        agent: Who runs when the thread is told something; None for the default.
+        is_shared: A thread of that id may be there already; otherwise that is a conflict.
+    """
+
+    thread_id: str | None = None
+    agent: str | None = None
+    metadata: Any = None
+    is_shared: bool = False
+    reply: ThreadReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ShowThread:
+    """Show a thread as it stands."""
+
+    thread_id: str
+    reply: ThreadReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ListThreads:
+    """List the threads there are, the newest first."""
+
+    reply: Callable[[Sequence[ThreadSnapshot]], Reply] | None = None
+
+
+@attrs.frozen(kw_only=True)
+class CloseThread:
+    """Cancel what goes on in a thread, wait until it is gone, and forget the thread."""
+
+    thread_id: str
+    reply: ThreadReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class SetTrigger:
+    """Have a thread told something at an interval; one of the same id is replaced.
+
+    Attributes:
+        every: Seconds.
+        is_active: Otherwise it is there, and does nothing until it is activated.
+    """
+
+    thread_id: str
+    trigger_id: str
+    every: float
+    text: str
+    name: str | None = None
+    is_active: bool = True
+    reply: ThreadReply | None = None
+
+
+@attrs.frozen(kw_only=True)
+class DropTrigger:
+    """Take a trigger out of its thread."""
+
+    thread_id: str
+    trigger_id: str
+    reply: ThreadReply | None = None
+
+
+Intent: TypeAlias = (
+    Start
+    | Watch
+    | WatchFeed
+    | Cancel
+    | Answer
+    | Tell
+    | Pause
+    | Show
+    | ListRuns
+    | ListAgents
+    | OpenThread
+    | ShowThread
+    | ListThreads
+    | CloseThread
+    | SetTrigger
+    | DropTrigger
+)
+
+
+# What a dialect is --------------------------------------------------------------------------------
 
 
 class Encoder(Protocol):
@@ -126,6 +363,35 @@ class Encoder(Protocol):
 
     def feed(self, event: AnyEvent, /) -> Iterable[bytes]:
         """Turn one event into its frames, in order; none is an answer too."""
+
+
+class FeedEncoder(Protocol):
+    """The same for a feed, whose events come from many runs and carry ids of the feed's own."""
+
+    def feed(self, event: AnyEvent, id: str, /) -> Sequence[bytes]:
+        """Turn one event into its frames, in order; none where it is not for this reader.
+
+        Of several frames the last one has `id`, those before it `<id>.1`, `<id>.2` and so on. A
+        `Gap` has an empty id. What a child run said has a `path`.
+        """
+
+
+@attrs.frozen(kw_only=True)
+class FeedForm:
+    """How a dialect shows a feed.
+
+    Attributes:
+        encoder: Makes the machine for one way of reading (a `WatchFeed`'s options).
+        greeting: First frames for everybody who comes: of a thread, its state. None of the server.
+        replay: Of the events that the feed holds, the places of those that somebody who comes for
+            the first time is given; None for all of them.
+        plain: The options of those who want nothing in particular.
+    """
+
+    encoder: Callable[[Hashable], FeedEncoder]
+    greeting: Callable[[ThreadSnapshot | None, Hashable], bytes] = lambda _thread, _options: b""
+    replay: Callable[[Sequence[AnyEvent], Hashable], Collection[int]] | None = None
+    plain: frozenset[Hashable] = frozenset({None})
 
 
 def problem_json(problem: Problem) -> bytes:
@@ -141,6 +407,12 @@ def problem_json(problem: Problem) -> bytes:
     )
 
 
+def problem_reply(problem: Problem) -> Reply:
+    """Answer with an error as RFC 9457 has it."""
+    status = problem.status if 400 <= problem.status < 600 else 500
+    return Reply(problem_json(problem), status, "application/problem+json")
+
+
 @attrs.frozen
 class Route:
     """A path, and what a request to it asks for.
@@ -148,11 +420,13 @@ class Route:
     Attributes:
         path: Below the dialect's mount; `<name>` stands for one segment.
         decode: Pure; raises `AgentsseError` where the request makes no sense.
+        is_rooted: The path is not below the mount but where it says.
     """
 
     method: str
     path: str
     decode: Callable[[Request], Intent]
+    is_rooted: bool = attrs.field(default=False, kw_only=True)
 
 
 @attrs.frozen(kw_only=True)
@@ -162,13 +436,14 @@ class Dialect:
     Attributes:
         mount: The prefix of its routes, `/` for none.
         encoder: Makes the machine for one way of reading (a `Start`'s or `Watch`'s options).
-        prelude: First bytes of every stream, sent at once.
-        heartbeat: Bytes that mean nothing, for a line that is silent; None where it has none.
+        present: A run as a JSON body, where an intent has no `reply` of its own.
+        framing: Of its streams, where an intent has none of its own.
+        feed: How it shows feeds; None where it has none.
         on_disconnect: What leaving a stream means unless the run says otherwise.
-        farewell: Frames before the end of a stream whose run goes on, given the milliseconds after
-            which the client should come back.
-        present: A run as a JSON body.
-        problem: An error as a JSON body.
+        agent: Who runs where a request names nobody; None for the server's first one.
+        location: Where a started run is streamed, `{run_id}` in it; below the mount.
+        problem: An error as a response.
+        forms: Older or newer forms of it that the config may choose instead, by name.
     """
 
     name: str
@@ -176,10 +451,115 @@ class Dialect:
     routes: tuple[Route, ...]
     encoder: Callable[[Hashable], Encoder]
     present: Callable[[RunSnapshot], bytes]
-    problem: Callable[[Problem], bytes] = problem_json
-    problem_type: str = "application/problem+json"
-    media_type: str = SSE
-    prelude: bytes = b""
-    heartbeat: bytes | None = None
+    framing: Framing = Framing()
+    feed: FeedForm | None = None
     on_disconnect: str = "cancel"
-    farewell: Callable[[int], bytes] = lambda _milliseconds: b""
+    agent: str | None = None
+    location: str | None = None
+    problem: Callable[[Problem], Reply] = problem_reply
+    forms: Mapping[str, "Dialect"] = attrs.field(factory=dict)
+
+
+# What decoders share ------------------------------------------------------------------------------
+
+
+def read_body(request: Request, shape: type[Body], *, what: str) -> Body:
+    """Read the body as JSON, whatever Content-Type says: `curl -d` says form.
+
+    Args:
+        request: An empty body stands for an empty object.
+        shape: What it should be.
+        what: The end of `expected a JSON object to …`.
+
+    Raises:
+        BadRequest: It is something else.
+    """
+    fields = ", ".join(shape.__struct_encode_fields__)
+    try:
+        return msgspec.json.decode(request.body or b"{}", type=shape)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"expected a JSON object to {what} ({fields}): {error}") from error
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise BadRequest(
+            f"expected JSON to {what} ({fields}), got {request.body[:40]!r}: {error}"
+        ) from error
+
+
+MAX_NAME = 200  # characters of an id that a client gives
+
+
+def see_name(name: str, what: str) -> None:
+    """See that an id that a client gives fits into a path; raises `BadRequest`."""
+    if not (0 < len(name) <= MAX_NAME and name.isprintable() and "/" not in name):
+        raise BadRequest(
+            f"{what}: expected 1 to {MAX_NAME} printable characters without '/', got {name[:40]!r}"
+        )
+
+
+def know_query(query: Mapping[str, str], *names: str) -> None:
+    """Refuse what stands in a query and is none of these names; raises `BadRequest`."""
+    unknown = sorted(set(query) - set(names))
+    if unknown:
+        expected = f"one of {', '.join(names)}" if names else "no query"
+        raise BadRequest(f"query: expected {expected}, got {', '.join(unknown)[:80]!r}")
+
+
+def types_of(text: str) -> frozenset[type[AnyEvent]]:
+    """Read a list of our event types, with commas; raises `BadRequest` for one there is not."""
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in EVENT_TYPES]
+    if unknown:
+        raise BadRequest(
+            f"types: expected some of {', '.join(EVENT_TYPES)}, got {', '.join(unknown)[:80]!r}"
+        )
+    return frozenset(EVENT_TYPES[name] for name in names)
+
+
+def negotiate(accept: str, *, only: Literal["stream"] | None = None) -> Literal["stream", "wait"]:
+    """Choose between an event stream and a JSON answer (RFC 9110 section 12.5.1).
+
+    Args:
+        accept: The Accept header. `*/*` alone means JSON; on a tie a named `text/event-stream`
+            wins.
+        only: Where there is no choice.
+
+    Raises:
+        NotAcceptable: The header allows neither, or not the one there is.
+    """
+    ranges = _ranges(accept)
+    stream, named = _quality(ranges, "text", "event-stream")
+    json, _ = _quality(ranges, "application", "json")
+    if only is not None:
+        json = 0.0
+    if stream > json or (named and stream == json > 0):
+        return "stream"
+    if json > 0:
+        return "wait"
+    offered = "text/event-stream" if only else "text/event-stream or application/json"
+    raise NotAcceptable(f"Accept: expected {offered}, got {accept[:80]!r}")
+
+
+def _ranges(accept: str) -> dict[tuple[str, str], float]:
+    ranges: dict[tuple[str, str], float] = {}
+    for item in accept.split(","):
+        name, *parameters = (piece.strip().lower() for piece in item.split(";"))
+        kind, _, subtype = name.partition("/")
+        quality = 1.0
+        for parameter in parameters:
+            if parameter.startswith("q="):
+                try:
+                    quality = min(max(float(parameter[2:]), 0.0), 1.0)
+                except ValueError:
+                    quality = 0.0
+        if kind:
+            ranges[kind, subtype] = quality
+    return ranges or {("*", "*"): 1.0}
+
+
+def _quality(
+    ranges: Mapping[tuple[str, str], float], kind: str, subtype: str
+) -> tuple[float, bool]:
+    """The quality of the most specific range that fits, and whether it names the type."""
+    if (kind, subtype) in ranges:
+        return ranges[kind, subtype], True
+    return ranges.get((kind, "*"), ranges.get(("*", "*"), 0.0)), False

@@ -1,24 +1,28 @@
 """Our own protocol: every event as it is, one frame each, its id the event's number.
 
-Knows: the routes of `/agents` and `/runs`, their bodies, and how Accept chooses between a stream
-and a JSON answer. Must never know what a run is beyond its snapshot.
+Knows: the routes of `/agents`, `/runs`, `/threads` and `/events`, their bodies, and how Accept
+chooses between a stream and a JSON answer. Must never know what a run is beyond its snapshot.
 """
 
 import hashlib
 from collections.abc import Hashable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, get_args
 
 import attrs
 import msgspec
 
-from agentsse.errors import BadRequest, NotAcceptable
+from agentsse.errors import BadRequest
 from agentsse.events import (
-    EVENT_TYPES,
     TYPE_NAMES,
     AnyEvent,
     Gap,
+    InputReceived,
+    InputRequested,
+    InputWithdrawn,
     RunFinished,
     RunSnapshot,
+    RunStarted,
+    RunState,
     encode_event,
 )
 from agentsse.sse import FieldError, comment, encode, frame_of, parse_position, retry
@@ -26,22 +30,37 @@ from agentsse.sse import FieldError, comment, encode, frame_of, parse_position, 
 from . import (
     Answer,
     Cancel,
+    CloseThread,
     Dialect,
+    DropTrigger,
+    FeedForm,
+    Framing,
     Intent,
     ListAgents,
     ListRuns,
+    ListThreads,
+    OpenThread,
+    Pause,
     Request,
     Route,
+    SetTrigger,
     Show,
+    ShowThread,
     Start,
+    Tell,
     Watch,
+    WatchFeed,
+    know_query,
+    negotiate,
+    read_body,
+    see_name,
+    types_of,
 )
 
 RETRY = 2_000  # milliseconds before an EventSource comes back; its own default is 3 s or more
 MAX_KEY = 255  # characters of an Idempotency-Key
+ENDS = frozenset({RunStarted, RunFinished, InputRequested, InputReceived, InputWithdrawn})
 ALWAYS = frozenset({RunFinished, Gap})  # pass every filter: an end must be seen, and so must a hole
-
-Body = TypeVar("Body", bound=msgspec.Struct)
 
 LF, CR = b"\n\r"
 _FRAMES = {kind: frame_of(name.encode()) for kind, name in TYPE_NAMES.items()}
@@ -62,6 +81,37 @@ class NativeEncoder:
         if LF in data or CR in data:  # there is JSON in it that somebody else has formatted
             return (encode(data, event=TYPE_NAMES[kind], id=str(event.seq)),)
         return (_FRAMES[kind] % (event.seq, data),)
+
+
+@attrs.frozen
+class _FeedFilter:
+    """What a reader of a feed wants.
+
+    Attributes:
+        types: None for all of them.
+        watch: Child runs of which it wants all; of others it gets the beginning and the end.
+            `*` stands for every one.
+    """
+
+    types: frozenset[type[AnyEvent]] | None = None
+    watch: frozenset[str] = frozenset()
+
+
+@attrs.frozen
+class NativeFeedEncoder:
+    """The same frames with the feed's ids; what child runs say only for those who watch them."""
+
+    filter: _FeedFilter
+
+    def feed(self, event: AnyEvent, id: str) -> tuple[bytes, ...]:
+        """Make the one frame of an event, or none where it is filtered out."""
+        kind, wanted = type(event), self.filter
+        if wanted.types is not None and kind not in wanted.types and kind not in ALWAYS:
+            return ()
+        is_watched = "*" in wanted.watch or event.run_id in wanted.watch
+        if event.path and not is_watched and kind not in ENDS:
+            return ()
+        return (encode(encode_event(event), event=TYPE_NAMES[kind], id=id or None),)
 
 
 class _StartBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -85,15 +135,39 @@ class _InputBody(msgspec.Struct, forbid_unknown_fields=True):
     request_id: str | None = None
 
 
+class _MessageBody(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+    mode: Literal["steer", "follow_up"] = "steer"
+
+
+class _PauseBody(msgspec.Struct, forbid_unknown_fields=True):
+    reason: str | None = None
+
+
+class _ThreadBody(msgspec.Struct, forbid_unknown_fields=True):
+    id: str | None = None
+    agent: str | None = None
+    metadata: Any = None
+
+
+class _TriggerBody(msgspec.Struct, forbid_unknown_fields=True):
+    every_s: float
+    text: str
+    name: str | None = None
+    active: bool = True
+
+
 def decode_start(request: Request) -> Intent:
     """`POST /agents/{agent}/runs`."""
-    body = _body(request, _StartBody, what="start a run with")
+    body = read_body(request, _StartBody, what="start a run with")
     for name, value, most in (
         ("coalesce_ms", body.coalesce_ms, 10_000),
         ("timeout_s", body.timeout_s, 86_400),
     ):
         if value is not None and not 0 <= value <= most:
             raise BadRequest(f"{name}: expected a number from 0 to {most}, got {value}")
+    if body.thread_id is not None:
+        see_name(body.thread_id, "thread_id")
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= MAX_KEY and key.isprintable()):
         raise BadRequest(
@@ -123,7 +197,7 @@ def decode_start(request: Request) -> Intent:
 
 def decode_watch(request: Request) -> Intent:
     """`GET /runs/{id}/events`, and HEAD."""
-    _know(request.query, "after", "types", "dialect")
+    know_query(request.query, "after", "types", "dialect")
     negotiate(request.headers.get("accept", "*/*"), only="stream")
     dialect, types = request.query.get("dialect"), request.query.get("types")
     if dialect is not None and types is not None:
@@ -137,20 +211,20 @@ def decode_watch(request: Request) -> Intent:
         run_id=request.parameters["run_id"],
         after=after,
         dialect=dialect,
-        options=None if types is None else _types(types),
+        options=None if types is None else types_of(types),
         headers_only=request.method == "HEAD",
     )
 
 
 def decode_cancel(request: Request) -> Intent:
     """`POST /runs/{id}/cancel`."""
-    body = _body(request, _CancelBody, what="cancel with")
+    body = read_body(request, _CancelBody, what="cancel with")
     return Cancel(run_id=request.parameters["run_id"], reason=body.reason, mode=body.mode)
 
 
 def decode_input(request: Request) -> Intent:
     """`POST /runs/{id}/input`."""
-    body = _body(request, _InputBody, what="answer with")
+    body = read_body(request, _InputBody, what="answer with")
     return Answer(
         run_id=request.parameters["run_id"], answers=body.answers, request_id=body.request_id
     )
@@ -158,77 +232,110 @@ def decode_input(request: Request) -> Intent:
 
 def decode_show(request: Request) -> Intent:
     """`GET /runs/{id}`."""
-    _know(request.query)
+    know_query(request.query)
     return Show(run_id=request.parameters["run_id"])
 
 
 def decode_list_runs(request: Request) -> Intent:
     """`GET /runs`."""
-    _know(request.query, "state", "limit")
+    know_query(request.query, "state", "limit")
     limit = request.query.get("limit", "100")
     if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 0 < int(limit) <= 1_000):
         raise BadRequest(f"limit: expected a number from 1 to 1000, got {limit[:20]!r}")
     state = request.query.get("state")
-    states = ("queued", "running", "waiting", "cancelling", "finished")
+    states = get_args(RunState)
     if state is not None and state not in states:
         raise BadRequest(f"state: expected one of {', '.join(states)}, got {state[:20]!r}")
     return ListRuns(state=state, limit=int(limit))
 
 
+def decode_messages(request: Request) -> Intent:
+    """`POST /runs/{id}/messages`, and the same of a thread."""
+    body = read_body(request, _MessageBody, what="say")
+    if not body.text:
+        raise BadRequest("text: expected something to say, got an empty string")
+    return Tell(
+        run_id=request.parameters.get("run_id"),
+        thread_id=request.parameters.get("thread_id"),
+        text=body.text,
+        mode=body.mode,
+    )
+
+
+def decode_pause(request: Request) -> Intent:
+    """`POST /runs/{id}/pause`."""
+    body = read_body(request, _PauseBody, what="pause with")
+    return Pause(run_id=request.parameters["run_id"], reason=body.reason)
+
+
+def decode_resume(request: Request) -> Intent:
+    """`POST /runs/{id}/resume`."""
+    return Pause(run_id=request.parameters["run_id"], resume=True)
+
+
+def decode_watch_feed(request: Request) -> Intent:
+    """`GET /events` and `GET /threads/{id}/events`, and HEAD."""
+    know_query(request.query, "after", "types", "watch")
+    negotiate(request.headers.get("accept", "*/*"), only="stream")
+    types, watch = request.query.get("types"), request.query.get("watch", "")
+    return WatchFeed(
+        thread_id=request.parameters.get("thread_id"),
+        after=request.headers.get("last-event-id") or request.query.get("after") or None,
+        options=_FeedFilter(
+            types=None if types is None else types_of(types),
+            watch=frozenset(name.strip() for name in watch.split(",") if name.strip()),
+        ),
+        headers_only=request.method == "HEAD",
+    )
+
+
+def decode_open_thread(request: Request) -> Intent:
+    """`POST /threads`."""
+    body = read_body(request, _ThreadBody, what="open a thread with")
+    return OpenThread(thread_id=body.id, agent=body.agent, metadata=body.metadata)
+
+
+def decode_list_threads(request: Request) -> Intent:
+    """`GET /threads`."""
+    know_query(request.query)
+    return ListThreads()
+
+
+def decode_show_thread(request: Request) -> Intent:
+    """`GET /threads/{id}`."""
+    know_query(request.query)
+    return ShowThread(thread_id=request.parameters["thread_id"])
+
+
+def decode_close_thread(request: Request) -> Intent:
+    """`DELETE /threads/{id}`."""
+    return CloseThread(thread_id=request.parameters["thread_id"])
+
+
+def decode_set_trigger(request: Request) -> Intent:
+    """`PUT /threads/{id}/triggers/{trigger}`."""
+    body = read_body(request, _TriggerBody, what="set a trigger with")
+    return SetTrigger(
+        thread_id=request.parameters["thread_id"],
+        trigger_id=request.parameters["trigger_id"],
+        every=body.every_s,
+        text=body.text,
+        name=body.name,
+        is_active=body.active,
+    )
+
+
+def decode_drop_trigger(request: Request) -> Intent:
+    """`DELETE /threads/{id}/triggers/{trigger}`."""
+    return DropTrigger(
+        thread_id=request.parameters["thread_id"], trigger_id=request.parameters["trigger_id"]
+    )
+
+
 def decode_list_agents(request: Request) -> Intent:
     """`GET /agents`."""
-    _know(request.query)
+    know_query(request.query)
     return ListAgents()
-
-
-def negotiate(accept: str, *, only: Literal["stream"] | None = None) -> Literal["stream", "wait"]:
-    """Choose between an event stream and a JSON answer (RFC 9110 section 12.5.1).
-
-    Args:
-        accept: The Accept header. `*/*` alone means JSON; on a tie a named `text/event-stream`
-            wins.
-        only: Where there is no choice.
-
-    Raises:
-        NotAcceptable: The header allows neither, or not the one there is.
-    """
-    ranges = _ranges(accept)
-    stream, named = _quality(ranges, "text", "event-stream")
-    json, _ = _quality(ranges, "application", "json")
-    if only is not None:
-        json = 0.0
-    if stream > json or (named and stream == json > 0):
-        return "stream"
-    if json > 0:
-        return "wait"
-    offered = "text/event-stream" if only else "text/event-stream or application/json"
-    raise NotAcceptable(f"Accept: expected {offered}, got {accept[:80]!r}")
-
-
-def _ranges(accept: str) -> dict[tuple[str, str], float]:
-    ranges: dict[tuple[str, str], float] = {}
-    for item in accept.split(","):
-        name, *parameters = (piece.strip().lower() for piece in item.split(";"))
-        kind, _, subtype = name.partition("/")
-        quality = 1.0
-        for parameter in parameters:
-            if parameter.startswith("q="):
-                try:
-                    quality = min(max(float(parameter[2:]), 0.0), 1.0)
-                except ValueError:
-                    quality = 0.0
-        if kind:
-            ranges[kind, subtype] = quality
-    return ranges or {("*", "*"): 1.0}
-
-
-def _quality(
-    ranges: Mapping[tuple[str, str], float], kind: str, subtype: str
-) -> tuple[float, bool]:
-    """The quality of the most specific range that fits, and whether it names the type."""
-    if (kind, subtype) in ranges:
-        return ranges[kind, subtype], True
-    return ranges.get((kind, "*"), ranges.get(("*", "*"), 0.0)), False
 
 
 def _prefers_async(headers: Mapping[str, str]) -> bool:
@@ -236,38 +343,12 @@ def _prefers_async(headers: Mapping[str, str]) -> bool:
     return any(item.split(";")[0].strip().lower() == "respond-async" for item in preferences)
 
 
-def _types(text: str) -> frozenset[type[AnyEvent]]:
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in EVENT_TYPES]
-    if unknown:
-        raise BadRequest(
-            f"types: expected some of {', '.join(EVENT_TYPES)}, got {', '.join(unknown)[:80]!r}"
-        )
-    return frozenset(EVENT_TYPES[name] for name in names)
-
-
-def _know(query: Mapping[str, str], *names: str) -> None:
-    unknown = sorted(set(query) - set(names))
-    if unknown:
-        expected = f"one of {', '.join(names)}" if names else "no query"
-        raise BadRequest(f"query: expected {expected}, got {', '.join(unknown)[:80]!r}")
-
-
-def _body(request: Request, shape: type[Body], *, what: str) -> Body:
-    """Read the body as JSON, whatever Content-Type says: `curl -d` says form."""
-    fields = ", ".join(shape.__struct_encode_fields__)
-    try:
-        return msgspec.json.decode(request.body or b"{}", type=shape)
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"expected a JSON object to {what} ({fields}): {error}") from error
-    except (msgspec.DecodeError, RecursionError, ValueError) as error:
-        raise BadRequest(
-            f"expected JSON to {what} ({fields}), got {request.body[:40]!r}: {error}"
-        ) from error
-
-
 def _encoder(options: Hashable) -> NativeEncoder:
     return NativeEncoder(options)  # type: ignore[arg-type]  # what decode_watch made
+
+
+def _feed_encoder(options: Hashable) -> NativeFeedEncoder:
+    return NativeFeedEncoder(options)  # type: ignore[arg-type]  # what decode_watch_feed made
 
 
 def _present(snapshot: RunSnapshot) -> bytes:
@@ -285,11 +366,25 @@ NATIVE = Dialect(
         Route("GET", "/runs/<run_id>/events", decode_watch),
         Route("POST", "/runs/<run_id>/cancel", decode_cancel),
         Route("POST", "/runs/<run_id>/input", decode_input),
+        Route("POST", "/runs/<run_id>/messages", decode_messages),
+        Route("POST", "/runs/<run_id>/pause", decode_pause),
+        Route("POST", "/runs/<run_id>/resume", decode_resume),
+        Route("GET", "/events", decode_watch_feed),
+        Route("GET", "/threads", decode_list_threads),
+        Route("POST", "/threads", decode_open_thread),
+        Route("GET", "/threads/<thread_id>", decode_show_thread),
+        Route("DELETE", "/threads/<thread_id>", decode_close_thread),
+        Route("GET", "/threads/<thread_id>/events", decode_watch_feed),
+        Route("POST", "/threads/<thread_id>/messages", decode_messages),
+        Route("PUT", "/threads/<thread_id>/triggers/<trigger_id>", decode_set_trigger),
+        Route("DELETE", "/threads/<thread_id>/triggers/<trigger_id>", decode_drop_trigger),
     ),
     encoder=_encoder,
+    feed=FeedForm(encoder=_feed_encoder, plain=frozenset({_FeedFilter()})),
     present=_present,
-    prelude=retry(RETRY) + comment("agentsse"),
-    heartbeat=comment(),
+    framing=Framing(
+        prelude=retry(RETRY) + comment("agentsse"), heartbeat=comment(), farewell=retry
+    ),
     on_disconnect="cancel",
-    farewell=retry,
+    location="/runs/{run_id}/events",
 )

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from agentsse.agents import Agent
 from agentsse.config import ServerSettings, Settings
+from agentsse.dialects import Dialect
 from agentsse.errors import ProviderError
 from agentsse.events import AnyEvent, PartDelta, PartFinished, PartStarted, decode_event
 from agentsse.providers import Caller, Finish, Prompt
@@ -137,6 +138,7 @@ def ask_for(*calls: tuple[str, str]) -> list[Line]:
 async def open_server(
     *agents: Agent,
     settings: Settings | None = None,
+    dialects: Sequence[Dialect] | None = None,
     report: Report = lambda *_args, **_facts: None,
     **server: Any,
 ) -> AsyncIterator[Server]:
@@ -145,13 +147,14 @@ async def open_server(
     Args:
         agents: What can be run.
         settings: All that can be set; its port is replaced.
+        dialects: The client protocols to speak; all there are unless given.
         report: Called with what would be logged.
         server: Fields of `[server]`, such as `heartbeat=0.1`.
     """
     chosen = settings or Settings()
     listening: ServerSettings = attrs.evolve(chosen.server, port=0, **server)
     async with open_real_server(
-        agents, attrs.evolve(chosen, server=listening), report=report
+        agents, attrs.evolve(chosen, server=listening), dialects=dialects, report=report
     ) as opened:
         yield opened
 
