@@ -303,7 +303,7 @@ _HTTP_KINDS = {
     "anthropic": _Kind("agentsse.providers.anthropic", "AnthropicApi", "ANTHROPIC_API_KEY"),
     "gemini": _Kind("agentsse.providers.gemini", "GeminiApi", "GEMINI_API_KEY"),
 }
-KINDS = ("offline", *_HTTP_KINDS, "codex")
+KINDS = ("offline", *_HTTP_KINDS, "llama_stack", "codex")
 
 
 def make_provider(
@@ -321,7 +321,8 @@ def make_provider(
     """Make a provider, as a `[providers.NAME]` table does.
 
     Args:
-        kind: `openai_chat`, `openai_responses`, `anthropic`, `gemini`, `codex` or `offline`.
+        kind: `openai_chat`, `openai_responses`, `anthropic`, `gemini`, `llama_stack`,
+            `codex` or `offline`.
         name: What stands before the colon of a model; the kind unless given.
         base_url: Where the API is; the vendor's own address unless given.
         key_env: The environment variable that holds the key. Without one, and without `key_file`,
@@ -360,6 +361,16 @@ def _make_provider(name: str, chosen: ProviderSettings, where: str) -> Provider:
             command = {"command": chosen.command} if chosen.command else {}
             made = codex.CodexProvider(name=name, options=chosen.options, **command)
             provider, is_taught = made, True
+        case "llama_stack" as kind:
+            of_kind = _Kind("agentsse.providers.llama_stack", "LlamaStackProvider")
+            at = {} if chosen.base_url is None else {"base_url": chosen.base_url.rstrip("/")}
+            provider = getattr(import_module(of_kind.module), of_kind.factory)(
+                name=name,
+                key=_key(chosen, of_kind, where),
+                options=chosen.options | dict.fromkeys(chosen.omit),
+                **at,
+            )
+            is_taught = chosen.tool_calls == "taught"
         case kind if kind in _HTTP_KINDS:
             of_kind = _HTTP_KINDS[kind]
             key = _key(chosen, of_kind, where)

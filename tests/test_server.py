@@ -635,7 +635,7 @@ async def test_model_of_an_unknown_provider_is_refused() -> None:
     said = await refused([lost], providers={"mine": OfflineProvider()})
 
     assert "agent 'lost'" in said
-    assert "one of the providers anthropic, codex, gemini, mine, offline, openai_chat" in said
+    assert "one of the providers anthropic, codex, gemini, llama_stack, mine, offline" in said
     assert "got 'nowhere'" in said
     with trio.fail_after(PATIENCE):
         own = Agent.of_model("own", "nowhere:model", provider=OfflineProvider())
@@ -825,7 +825,7 @@ async def test_providers_of_the_settings_are_known_by_their_names() -> None:
 
     assert (
         "providers.mine.kind: expected one of offline, openai_chat, openai_responses, anthropic, "
-        "gemini, codex, got 'psychic'"
+        "gemini, llama_stack, codex, got 'psychic'"
     ) in (await refused([idle], wrong))
 
 
