@@ -33,7 +33,12 @@ from .app import AgentsseApp, AppOptions, claim_paths
 from .config import AgentSettings, ProviderSettings, Settings, load_object
 from .context import Limits
 from .dialects import Dialect
+from .dialects.agentlang import AGENTLANG
+from .dialects.hive import HIVE
+from .dialects.kilroy import KILROY
+from .dialects.lightspeed import LIGHTSPEED
 from .dialects.native import NATIVE
+from .dialects.openai_chat import OPENAI_CHAT
 from .errors import ConfigError
 from .guide import guide
 from .listener import Counts, ListenerOptions, open_sockets, serve as listen
@@ -42,7 +47,7 @@ from .providers.offline import OfflineProvider
 from .runs import Run, Runs, contained, open_runs
 from .tools import Tool, Toolset
 
-DIALECTS: tuple[Dialect, ...] = (NATIVE,)
+DIALECTS: tuple[Dialect, ...] = (NATIVE, AGENTLANG, LIGHTSPEED, KILROY, HIVE, OPENAI_CHAT)
 RESERVED_DESCRIPTORS = 64  # for logs, upstreams and files, beside the connections
 MIN_CLEANUP = 5.0  # seconds, at most half of the drain, that cancelled runs get to clean up
 MIN_FAREWELL = 0.5  # seconds that streams get for their last bytes, though the drain is over

@@ -14,7 +14,7 @@ from agentsse.dialects.native import NATIVE
 from agentsse.errors import Fault
 from agentsse.events import EVENT_TYPES, Custom
 from agentsse.runs import open_runs
-from agentsse.server import KINDS
+from agentsse.server import DIALECTS, KINDS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -72,6 +72,12 @@ def test_every_route_is_told(route):
     path = re.sub("<(run|thread)_id>", "{id}", route.path)
     path = path.replace("<agent>", "{agent}").replace("<trigger_id>", "{name}")
     assert f"`{route.method} {path}`" in README
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_every_dialect_is_told(dialect):
+    """The table of protocols is complete."""
+    assert f"| `{dialect.name}` |" in README
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))

@@ -22,6 +22,8 @@ from agentsse import sse
 from agentsse.agents import Agent
 from agentsse.context import Limits, RunContext
 from agentsse.dialects import Encoder, Start
+from agentsse.dialects.hive import HIVE
+from agentsse.dialects.kilroy import KILROY
 from agentsse.dialects.native import NATIVE
 from agentsse.errors import BadRequest, NotFound
 from agentsse.events import TYPE_NAMES, AnyEvent, Custom, PartDelta, RunFinished, RunStarted
@@ -53,7 +55,10 @@ class Split:
 
 def encoder(dialect: Hashable) -> Encoder:
     """A fresh encoder; the dialect's name is the key of its rendering as well."""
-    return NATIVE.encoder(None) if dialect == "native" else Split()
+    for known in (NATIVE, KILROY, HIVE):  # those that have ids
+        if known.name == dialect:
+            return known.encoder(None)
+    return Split()
 
 
 @attrs.define(eq=False)
@@ -268,7 +273,7 @@ class World:
         for order, run in zip(self.orders, self.all, strict=True):
             order.send_nowait(("return",))
             await run.done.wait()
-        for run, dialect in itertools.product(self.all, ("native", "split")):
+        for run, dialect in itertools.product(self.all, ("native", "split", "kilroy", "hive")):
             self.attach(run, dialect, "0")
         async with trio.open_nursery() as nursery:
             for connection in self.connections:
@@ -284,7 +289,7 @@ class World:
         for connection in self.connections:
             connection.check()
             assert connection.end is not None
-        late = self.connections[len(self.connections) - 2 * len(self.all) :]
+        late = self.connections[len(self.connections) - 4 * len(self.all) :]
         assert {"finished"} >= {connection.end for connection in late}
 
 
@@ -338,7 +343,7 @@ def perform(steps: list[tuple]) -> World:
 which = st.integers(min_value=0, max_value=7)
 somewhere = st.integers(min_value=0, max_value=400)
 policies = st.sampled_from(["continue", "cancel", "grace:1"])
-dialects = st.sampled_from(["native", "split"])
+dialects = st.sampled_from(["native", "split", "kilroy", "hive"])
 starts = st.tuples(st.just("start"), policies, st.sampled_from([0.0, 0.05]))
 orders = st.one_of(
     st.tuples(

@@ -650,7 +650,8 @@ async def test_settings_of_an_unknown_dialect_are_refused() -> None:
         [idle], attrs.evolve(LOCAL, dialects={"nativ": DialectSettings()}, source="my.toml")
     )
 
-    assert "my.toml: dialects: expected some of native, got nativ" == said
+    assert said.startswith("my.toml: dialects: expected some of native, ")
+    assert said.endswith(", got nativ")
 
 
 @pytest.mark.parametrize(("mount", "prefix"), [("/v0", "/v0"), ("/", ""), (None, "")])
