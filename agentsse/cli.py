@@ -401,7 +401,7 @@ class Transcript:
             case events.RunFinished():
                 # Who has said nothing has its result to show.
                 said = "" if self._has_text or event.result in (UNSET, events.NULL) else (
-                    self._line(_as_text(event.result))
+                    self._line(events.text_of_json(event.result))
                 )  # fmt: skip
                 return said + self._line(_receipt(event), fg="green" if event.outcome == "success"
                                   else "red")  # fmt: skip
@@ -412,13 +412,6 @@ class Transcript:
         lead = "\n" if self._in_text else ""
         self._in_text = False
         return lead + (click.style(text, fg=fg) if self._colors else text) + "\n"
-
-
-def _as_text(result: Any) -> str:
-    from .events import decode_json
-
-    value = decode_json(result)
-    return value if isinstance(value, str) else bytes(result).decode()
 
 
 def _short(value: Any) -> str:

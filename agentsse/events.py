@@ -556,6 +556,12 @@ def decode_json(data: bytes | str | Raw) -> Any:
         raise BadRequest(f"expected JSON, got something else: {error}") from error
 
 
+def text_of_json(value: Raw) -> str:
+    """A string's own text; of anything else its JSON."""
+    text = bytes(value).decode()
+    return str(decode_json(value)) if text.startswith('"') else text
+
+
 def _children(value: object, place: str) -> list[tuple[object, str]]:
     """What a container holds, each with its place in JSONPath's notation."""
     match value:

@@ -342,13 +342,14 @@ class Rendering:
         total, done = self.offsets[-1], self.rendered
         enough = total + MAX_WRITE
         feed, frames, offsets, ends = self.encoder.feed, self.frames, self.offsets, self.ends
+        ends_at = self.ends_at
         for event in self.log.events[done : min(self.log.end, done + STRIDE)]:
             for frame in tuple(feed(event)):  # whole, or not at all if the encoder raises
                 total += len(frame)
                 frames.append(frame)
                 offsets.append(total)
             ends.append(len(frames))
-            if type(event) in self.ends_at:
+            if ends_at and type(event) in ends_at:
                 self.stops.append(len(frames))
             if total >= enough:
                 break
@@ -464,9 +465,12 @@ class Reader(Bell):
         """The next frame to take, or None while it has not been made."""
         if self._cursor is None and (place := self.rendering.locate(self.after)) is not None:
             self._cursor = self._began = place
-        if self._cursor is None or self._cursor >= len(self.rendering.frames) or self._is_at_end():
+        cursor, rendering = self._cursor, self.rendering
+        if cursor is None or cursor >= len(rendering.frames):
             return None
-        return self._cursor
+        if rendering.stops and self._is_at_end():
+            return None
+        return cursor
 
     def _end(self) -> int | None:
         """Frames up to where this reader is finished before the log is, once that is known."""

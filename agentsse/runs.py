@@ -57,6 +57,7 @@ from .events import (
     Usage,
     decode_json,
     encode_json,
+    text_of_json,
 )
 from .feed import Feed
 from .log import (
@@ -691,8 +692,8 @@ class Run:
             return well_ended(self.context.conversation)
         said = self._output() if end.outcome == "success" else mended(self._output())
         if not said and end.result is not UNSET:
-            said = _as_text(end.result)
-        question = UserMessage(_as_text(self.input))
+            said = text_of_json(end.result)
+        question = UserMessage(text_of_json(self.input))
         return (question, AssistantMessage(said)) if said else (question,)
 
     def _output(self) -> str:
@@ -1168,12 +1169,6 @@ def _thread_id(order: Start | None, run_id: str) -> str | None:
     if order is None:
         return None
     return run_id if order.makes_thread and order.thread_id is None else order.thread_id
-
-
-def _as_text(value: Raw) -> str:
-    """A string's own text; of anything else its JSON."""
-    text = bytes(value).decode()
-    return str(decode_json(value)) if text.startswith('"') else text
 
 
 def _tasks_in(nursery: trio.Nursery) -> int:
