@@ -13,8 +13,9 @@ import random
 import re
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Protocol, Self, assert_never
 
@@ -28,11 +29,14 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
 
 from .dialects import (
+    MAX_HISTORY,
+    AgentCard,
     Answer,
     Cancel,
     CloseThread,
     Dialect,
     DropTrigger,
+    Encoder,
     Framing,
     Intent,
     ListAgents,
@@ -40,7 +44,9 @@ from .dialects import (
     ListThreads,
     OpenThread,
     Pause,
+    RecallingEncoder,
     Reply,
+    ReplyWithHistory,
     Request,
     Route,
     RunReply,
@@ -68,11 +74,12 @@ from .errors import (
     TooLarge,
     redact,
 )
-from .events import InputRequested, Problem, encode_event
+from .events import AnyEvent, InputRequested, Problem, RunStarted, encode_event
 from .feed import NOW, FeedReader
 from .listener import Counts, SlowClient
 from .log import MAX_WRITE, START, CloseReason, Position, Reader
-from .runs import TEARDOWN_BUCKETS, Run, Runs, Thread
+from .messages import Message, ToolSpec
+from .runs import TEARDOWN_BUCKETS, Policy, Run, Runs, Thread
 from .sse import id_only
 from .threads import Threads
 
@@ -82,6 +89,7 @@ _LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 LIVE, READY, METRICS = "/health/live", "/health/ready", "/metrics"
+OPENAPI = "/openapi.json"
 
 STREAM_HEADERS = {
     "Cache-Control": "no-store, no-transform",
@@ -98,6 +106,8 @@ class AppOptions:
         heartbeat: Silence after which a stream says something meaningless.
         rotation: Age at which a GET stream is asked to come back, times 0.8 to 1; 0 for never.
         max_body: Of a request.
+        max_history: Of one by which a client may post its history, as its dialect says.
+        max_bodies: Of all requests that are being read, together.
         allowed_hosts: Names in the Host header beside those of loopback, without port.
         cancel_patience: How long a cancel request waits for the run to be gone: cleanup has 5 s.
     """
@@ -105,8 +115,37 @@ class AppOptions:
     heartbeat: float = 10.0
     rotation: float = 600.0
     max_body: int = 1024 * 1024
+    max_history: int = MAX_HISTORY
+    max_bodies: int = 256 * 1024 * 1024
     allowed_hosts: tuple[str, ...] = ()
     cancel_patience: float = 6.0
+
+
+@attrs.define(eq=False)
+class Bodies:
+    """Bytes of requests that have come and not been read yet, of all connections together.
+
+    Attributes:
+        limit: How many there may be.
+    """
+
+    limit: int
+    _held: Counter[object] = attrs.field(factory=Counter)
+    _total: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more should be taken."""
+        return self._total > self.limit
+
+    def take(self, holder: object, size: int) -> None:
+        """Count what somebody holds."""
+        self._held[holder] += size
+        self._total += size
+
+    def drop(self, holder: object) -> None:
+        """Count no more what somebody held."""
+        self._total -= self._held.pop(holder, 0)
 
 
 @attrs.define
@@ -139,11 +178,11 @@ class Lease:
     reason: CloseReason | None = None
     _let_go: Callable[[CloseReason], object] = _let_nothing_go
 
-    def take(self, run: Run, reader: Reader | None = None) -> None:
+    def take(self, run: Run, reader: Reader | None = None, *, policy: Policy | None = None) -> None:
         """Hold a run, by the reader that was attached to it or just by waiting for it."""
         self.run, self.reader = run, reader
         if reader is None:
-            run.hold(self)
+            run.hold(self, policy)
             self._let_go = partial(run.release, self)
         else:
             self._let_go = partial(run.detach, reader)
@@ -157,6 +196,11 @@ class Lease:
             let_go()
 
         self._let_go = detach
+
+    def withdraw(self) -> None:
+        """Hold nothing, as if nothing had been taken: nobody has left."""
+        self.release("finished")
+        self.run = self.reader = self.reason = None
 
     def end(self, reason: CloseReason) -> None:
         """Note why the request is done with the run."""
@@ -235,8 +279,9 @@ class EventStream(ResponseBody):
         await self._write(self._framing.prelude)
         while True:
             if reader.closing is not None:
-                milliseconds = random.randint(*RETRY_AFTER_ROTATION)  # noqa: S311  # to spread load
-                await self._write(self._framing.farewell(milliseconds))
+                if self._framing.farewell is not None:
+                    milliseconds = random.randint(*RETRY_AFTER_ROTATION)  # noqa: S311  # to spread load
+                    await self._write(self._framing.farewell(milliseconds))
                 self._lease.end(reader.closing)
                 return
             if frames := reader.take():
@@ -270,6 +315,35 @@ class EventStream(ResponseBody):
             self._reader.ring_for_silence()
             due = now + silence
         self._beat = self._runs.timer.call_at(due, self._see_silence)
+
+
+@attrs.frozen
+class _Meant:
+    """The run that a request is about, and where its response begins.
+
+    Attributes:
+        past: It goes on past questions among this many events.
+        is_answer: Whether the request brings what the run waits for.
+    """
+
+    run: Run
+    after: Position = START
+    past: int = 0
+    is_answer: bool = attrs.field(default=False, kw_only=True)
+
+
+@attrs.define(eq=False)
+class _Recalling:
+    """An encoder that is told what was said before the run once that is known: when it begins."""
+
+    encoder: RecallingEncoder
+    said_before: Callable[[], Sequence[Message]]
+
+    def feed(self, event: AnyEvent) -> Iterable[bytes]:
+        """Turn one event into its frames."""
+        if isinstance(event, RunStarted):
+            self.encoder.recall(self.said_before())
+        return self.encoder.feed(event)
 
 
 @attrs.frozen
@@ -322,22 +396,26 @@ class Connection(TrioASGIHTTPConnection):
                 self.lease.end("client_left")
             # Cancelled by nobody of ours: the connection has failed, or the server stops.
             reason = self.lease.release("shutdown" if self.app.runs.is_closing else "error")
+            self.app.bodies.drop(self)
             if self.lease.reader is not None:
                 self.app.streams.closed[reason] += 1
                 self.app.streams.open -= 1
             self._log(started)
 
     async def _wait_for_leave(self, nursery: trio.Nursery, request: Any, receive: Any) -> None:
-        taken, most = 0, self.app.options.max_body
+        taken, most = 0, self.app.max_body(request.method, request.path)
+        bodies = self.app.bodies
 
         async def receive_within() -> Any:
             # Quart keeps what comes until somebody reads it, which may be never: past the limit a
-            # body is said to end, which Quart refuses, and what is behind it is dropped.
+            # body is said to end, which is refused, and what is behind it is dropped.
             nonlocal taken
             while (message := await receive())["type"] == "http.request":
                 before, taken = taken, taken + len(message.get("body", b""))
-                if before <= most:
-                    return message if taken <= most else {**message, "more_body": False}
+                if before <= most and not bodies.is_full:
+                    bodies.take(self, taken - before)
+                    is_last = taken > most or bodies.is_full
+                    return {**message, "more_body": False} if is_last else message
             return message
 
         # Quart-Trio cancels what it is given as soon as the client is gone: ours to decide.
@@ -348,6 +426,7 @@ class Connection(TrioASGIHTTPConnection):
 
     async def _respond(self, nursery: trio.Nursery, request: Any, send: Any) -> None:
         response = await self.app.handle_request(request)
+        self.app.bodies.drop(self)
         # No time limit on a response: a stream lasts as long as its run, and a write has its own.
         await self._send_response(send, response)
         nursery.cancel_scope.cancel(reason="the response is complete")
@@ -379,7 +458,7 @@ def claim_paths(dialects: Iterable[Dialect]) -> list[tuple[str, Dialect, Route]]
     Raises:
         ConfigError: Two of them claim one path, or one what operators ask for.
     """
-    owners = {("GET", path): "the server itself" for path in (LIVE, READY, METRICS)}
+    owners = {("GET", path): "the server itself" for path in (LIVE, READY, METRICS, OPENAPI)}
     claimed = []
     for dialect in dialects:
         for route in dialect.routes:
@@ -423,9 +502,13 @@ class AgentsseApp(QuartTrio):
         self.runs, self.threads = runs, Threads(runs)
         self.options, self.report = options, report
         self.streams, self.connections = StreamCounts(), connections
+        self.bodies = Bodies(options.max_bodies)
         self.dialects = {dialect.name: dialect for dialect in dialects}
         self._speakers: dict[str, Dialect] = {}  # by endpoint
-        self.config["MAX_CONTENT_LENGTH"] = options.max_body
+        self._claimed = claim_paths(dialects)
+        self._document: bytes | None = None
+        self._large = _large_bodies(self._claimed)
+        self.config["MAX_CONTENT_LENGTH"] = max(options.max_body, options.max_history)
         self.before_request(self._guard)
         self.after_request(self._allow_origin)
         self.register_error_handler(Exception, self._answer_error)
@@ -433,13 +516,21 @@ class AgentsseApp(QuartTrio):
             LIVE: self._live,
             READY: self._ready,
             METRICS: self._metrics,
+            OPENAPI: self._openapi,
         }
         for path, view in views.items():
             self.add_url_rule(path, path, view, methods=["GET"])
-        for path, dialect, route in claim_paths(dialects):
+        for path, dialect, route in self._claimed:
             view, endpoint = partial(self._view, dialect, route), f"{route.method} {path}"
             self._speakers[endpoint] = dialect
             self.add_url_rule(path, endpoint, view, methods=[route.method])
+
+    def max_body(self, method: str, path: str) -> int:
+        """How many bytes a request may bring."""
+        if method != "POST":
+            return self.options.max_body
+        limits = (size for prefix, size in self._large.items() if path.startswith(prefix))
+        return max(self.options.max_body, min(self.options.max_history, max(limits, default=0)))
 
     # One request
 
@@ -450,12 +541,22 @@ class AgentsseApp(QuartTrio):
             return _error(error, dialect)
 
     async def _decode(self, route: Route, parameters: Mapping[str, str]) -> Intent:
+        most = self.max_body(current_request.method, current_request.path)
+        too_large = TooLarge(f"expected a body of at most {most} bytes, got more")
+        if (current_request.content_length or 0) > most:
+            raise too_large
         try:
-            body: bytes = await current_request.get_data(True, False, False)
+            # Not cached: it would be kept for as long as the stream that it asks for.
+            body: bytes = await current_request.get_data(False, False, False)
         except RequestEntityTooLarge as error:
-            raise TooLarge(
-                f"expected a body of at most {self.options.max_body} bytes, got more"
-            ) from error
+            raise too_large from error
+        if len(body) > most:
+            raise too_large
+        if self.bodies.is_full:
+            raise Overloaded(
+                f"expected at most {self.options.max_bodies} bytes of requests at once, got more; "
+                "try again"
+            )
         return route.decode(
             Request(
                 method=current_request.method,
@@ -463,6 +564,7 @@ class AgentsseApp(QuartTrio):
                 query=current_request.args.to_dict(),
                 headers={name.lower(): value for name, value in current_request.headers.items()},
                 body=body,
+                pairs=tuple(current_request.args.items(multi=True)),
             )
         )
 
@@ -488,19 +590,18 @@ class AgentsseApp(QuartTrio):
                     run.pause(intent.reason)
                 return _shown(dialect, run, intent.reply, brief=True)
             case Show():
-                return _shown(dialect, self.runs.find(intent.run_id), intent.reply)
+                return await self._show(dialect, intent)
             case ListRuns():
                 return await self._list_runs(dialect, intent)
             case ListAgents():
-                return self._list_agents()
+                return self._list_agents(intent)
             case ListThreads():
                 return await self._list_threads(dialect, intent)
             case OpenThread():
                 thread = self.threads.open(intent, default=dialect.agent)
                 return self._shown_thread(dialect, thread, intent.reply, status=201)
             case ShowThread():
-                thread = self.threads.find(intent.thread_id)
-                return self._shown_thread(dialect, thread, intent.reply)
+                return self._show_thread(dialect, intent)
             case CloseThread():
                 thread = self.threads.find(intent.thread_id)
                 with trio.move_on_after(self.options.cancel_patience) as scope:
@@ -517,49 +618,43 @@ class AgentsseApp(QuartTrio):
                 assert_never(intent)
 
     def _find(self, run_id: str | None, thread_id: str | None) -> Run:
-        if run_id is not None:
+        if run_id is None:
+            assert thread_id is not None
+            return self.threads.find_run(thread_id)
+        if thread_id is None:
             return self.runs.find(run_id)
-        assert thread_id is not None
-        return self.threads.find_run(thread_id)
+        return self.runs.find_run_of(thread_id, run_id)
 
     # Runs
 
     async def _start(self, dialect: Dialect, order: Start) -> Response:
-        asking = self._asking(order)
-        if asking is not None:
-            run = asking
-            after = Position(next(iter(run.context.asked.values())).event.seq)
-        else:
-            thread = self.runs.find_thread(order.thread_id)
-            if thread is None and order.must_exist:
-                thread = self.threads.find(order.thread_id or "")
-            agent = self.threads.agent_of(thread, dialect.agent) if thread else dialect.agent
-            run, _ = self.runs.start(order, default=dialect.on_disconnect, agent=agent)
-            after = START
-        headers = {}
-        if dialect.location is not None:
-            place = dialect.location.format(run_id=run.id)
-            headers["Location"] = dialect.mount.rstrip("/") + place
+        found = self._meant(order)
+        meant = found or _Meant(self._begin(dialect, order))
+        run = meant.run
+        mount = dialect.mount.rstrip("/")
+        headers = dialect.locate(mount, run.id, run.thread_id, order.options)
         framing = order.framing or dialect.framing
         match order.delivery:
             case "stream":
-                stream = self._stream(dialect, run, after, order.options, framing, headers=headers)
-                if asking is not None:  # only now: an answer is not to be lost with its request
-                    run.context.answer_next(order.input, is_whole=True)
-                return stream
+                # Held before it is answered: an answer is not to be lost with its request.
+                after, past = meant.after, meant.past
+                try:
+                    self._attach(dialect, run, after, order.options, framing, past=past)
+                except Exception as error:
+                    if found is None:  # nobody would ever know of it
+                        run.cancel("disconnect")
+                    if isinstance(error, RecursionError):
+                        raise BadRequest("expected JSON that is less deeply nested") from error
+                    raise
+                self._hand_in(meant, order)
+                return self._pour(framing, headers, rotates=False)
             case "background":
-                if asking is not None:
-                    run.context.answer_next(order.input, is_whole=True)
+                self._hand_in(meant, order)
                 return _shown(dialect, run, order.reply, 202, headers)
             case "wait":
                 self._lease.take(run)
-                if asking is not None:
-                    run.context.answer_next(order.input, is_whole=True)
-                if InputRequested in framing.ends_at:
-                    await run.wait_done_or_asking()
-                else:
-                    await run.done.wait()
-                self._lease.end("finished")
+                self._hand_in(meant, order)
+                await self._wait(run, framing)
                 end = run.end
                 if order.reply is None and end and end.outcome == "error" and end.error is not None:
                     return _answered(dialect.problem(end.error), headers)
@@ -567,14 +662,90 @@ class AgentsseApp(QuartTrio):
             case _:
                 assert_never(order.delivery)
 
-    def _asking(self, order: Start) -> Run | None:
-        """The thread's run, if it waits for what has come here."""
-        thread = self.runs.find_thread(order.thread_id) if order.resumes else None
-        run = thread.running if thread is not None else None
-        return run if run is not None and run.context.asked else None
+    def _begin(self, dialect: Dialect, order: Start) -> Run:
+        """Start a run."""
+        if order.continues is not None:
+            agent: str | None = self.runs.find_previous(order).agent.name
+        else:
+            thread = self.runs.find_thread(order.thread_id)
+            if thread is None and order.must_exist:
+                thread = self.threads.find(order.thread_id or "")
+            agent = self.threads.agent_of(thread, dialect.agent) if thread else dialect.agent
+        run, _ = self.runs.start(order, default=dialect.on_disconnect, agent=agent)
+        return run
+
+    def _meant(self, order: Start) -> "_Meant | None":
+        """The run that is there already, if the request is for that: to answer it, or to rejoin."""
+        rejoined = self.runs.look_up(order.run_id) if order.rejoins else None
+        if rejoined is not None:
+            agent = self.runs.choose_agent(order.agent, default=rejoined.agent.name)
+            if (rejoined.thread_id, rejoined.agent) != (order.thread_id, agent):
+                rejoined = None
+        if order.continues is not None:
+            run: Run | None = self.runs.find_previous(order)
+        else:
+            wanted = order.resumes or order.answers is not None
+            thread = self.runs.find_thread(order.thread_id) if wanted else None
+            run = thread.running if thread is not None else None
+        asked = run.context.asked if run is not None and run.state != "cancelling" else {}
+        by_id = order.answers is not None and list(order.answers) != [""]
+        answered = [i for i in order.answers or () if i in asked] if by_id else list(asked)
+        # Who comes back to a run has answered before what they answer now.
+        if run is not None and asked and (answered or rejoined is None):
+            seqs = [asked[request_id].event.seq for request_id in answered or asked]
+            # Answers by id come from somebody who has seen all of them, words from one who has not.
+            seq = max(seqs) if by_id else min(seqs)
+            return _Meant(run, Position(seq), is_answer=True)
+        if rejoined is not None:
+            return _Meant(rejoined, past=rejoined.settled)
+        if order.answers is not None:
+            raise NotAsked(
+                "expected answers to what a run asks, but nothing is asked (any more) in "
+                + (f"the run {run.id}" if run else f"the thread {order.thread_id!r}")
+            )
+        return None
+
+    def _hand_in(self, meant: "_Meant", order: Start) -> None:
+        """Answer what the run asks, if that is what the request is for."""
+        if not meant.is_answer:
+            return
+        context = meant.run.context
+        try:
+            if order.answers is not None:
+                context.answer_several(order.answers)
+            else:
+                context.answer_next(order.input, is_whole=True)
+        except AgentsseError:
+            self._lease.withdraw()
+            raise
+
+    async def _wait(self, run: Run, framing: Framing) -> None:
+        """Wait until what the lease holds has come to where a response ends."""
+        if InputRequested in framing.ends_at:
+            await run.wait_done_or_asking()
+        else:
+            await run.done.wait()
+        self._lease.end("finished")
+
+    async def _show(self, dialect: Dialect, order: Show) -> Response:
+        run = self._find(order.run_id, order.thread_id)
+        if order.waits:
+            self._lease.take(run, policy=self._policy(order.on_disconnect))
+            await self._wait(run, dialect.framing)
+        return _shown(dialect, run, order.reply)
+
+    def _policy(self, text: str | None) -> Policy | None:
+        return None if text is None else Policy.parse(text, self.runs.limits.grace)
 
     def _watch(self, dialect: Dialect, watch: Watch) -> Response:
-        run = self.runs.find(watch.run_id)
+        if watch.run_id is None:
+            thread = self.runs.find_thread(watch.thread_id)
+            latest = None if thread is None else thread.unread
+            if latest is None:
+                return Response(b"", 204)
+            run = latest
+        else:
+            run = self._find(watch.run_id, watch.thread_id)
         if watch.dialect is not None:
             if watch.dialect not in self.dialects:
                 raise BadRequest(
@@ -582,18 +753,27 @@ class AgentsseApp(QuartTrio):
                     f"got {watch.dialect[:40]!r}"
                 )
             dialect = self.dialects[watch.dialect]
-        after, framing = Position(*watch.after), watch.framing or dialect.framing
+        framing = watch.framing or dialect.framing
+        place = watch.after(run.log.events) if callable(watch.after) else watch.after
+        after = Position(*place)
         if watch.headers_only or current_request.method == "HEAD":
             return Response(b"", 200, STREAM_HEADERS, content_type=framing.media_type)
         if run.log.closed and after == Position(run.log.end):
             return Response(b"", 204)
         # Whoever only looks on sees all of it, also where a client of that protocol asks again.
-        reads_on = watch.dialect is not None
-        return self._stream(
-            dialect, run, after, watch.options, framing, rotates=True, reads_on=reads_on
+        self._attach(
+            dialect,
+            run,
+            after,
+            watch.options,
+            framing,
+            reads_on=watch.dialect is not None,
+            past=run.settled if watch.goes_on else 0,
+            policy=self._policy(watch.on_disconnect),
         )
+        return self._pour(framing, None, rotates=True)
 
-    def _stream(
+    def _attach(
         self,
         dialect: Dialect,
         run: Run,
@@ -601,26 +781,34 @@ class AgentsseApp(QuartTrio):
         options: Hashable,
         framing: Framing,
         *,
-        headers: Mapping[str, str] | None = None,
-        rotates: bool = False,
         reads_on: bool = False,
-    ) -> Response:
-        make = partial(dialect.encoder, options)
+        past: int = 0,
+        policy: Policy | None = None,
+    ) -> None:
+        """Have the request hold a reader of a run."""
+
+        def make() -> Encoder:
+            encoder = dialect.encoder(options)
+            if isinstance(encoder, RecallingEncoder):
+                return _Recalling(encoder, partial(self.runs.said_before, run))
+            return encoder
+
         reader = run.attach(
             (dialect.name, options),
             make,
             after,
             ends_at=framing.ends_at,
             reads_on=reads_on,
+            past=past,
             is_plain=options is None,
+            policy=policy,
         )
         self._lease.take(run, reader)
-        return self._pour(framing, headers, rotates=rotates)
 
     def _pour(
         self, framing: Framing, headers: Mapping[str, str] | None, *, rotates: bool
     ) -> Response:
-        """Begin to stream what the lease holds."""
+        """Begin to stream what the lease holds; it is rotated only where clients come back."""
         self.streams.open += 1
         body = EventStream(
             lease=self._lease,
@@ -629,19 +817,21 @@ class AgentsseApp(QuartTrio):
             framing=framing,
             options=self.options,
             counts=self.streams,
-            rotates=rotates,
+            rotates=rotates and framing.farewell is not None,
         )
-        return Response(
-            body, 200, {**STREAM_HEADERS, **(headers or {})}, content_type=framing.media_type
-        )
+        merged = {**STREAM_HEADERS, **framing.headers, **(headers or {})}
+        return Response(body, 200, merged, content_type=framing.media_type)
 
     async def _cancel(self, dialect: Dialect, order: Cancel) -> Response:
         if (idle := order.reply_if_idle) and order.thread_id is not None:
-            thread = self.threads.find(order.thread_id)
-            if not thread.active:
+            find = self.threads.find if order.must_exist else self.runs.find_thread
+            thread = find(order.thread_id)
+            if thread is None or not thread.active:
                 return _answered(idle)
         run = self._find(order.run_id, order.thread_id)
         was_over = run.log.closed
+        if order.forgets:
+            self.runs.forget(run)
         match order.mode:
             case "now":
                 run.cancel("client_cancel", reason=order.reason)
@@ -695,7 +885,11 @@ class AgentsseApp(QuartTrio):
     async def _list_runs(self, dialect: Dialect, order: ListRuns) -> Response:
         shown = []
         await trio.lowlevel.checkpoint()
-        for run in [run for run in self.runs if order.state in (None, run.state)][: order.limit]:
+        thread_id = order.thread_id
+        if thread_id is not None:
+            self.threads.find(thread_id)
+        wanted = (run for run in self.runs if thread_id in (None, run.thread_id))
+        for run in [run for run in wanted if order.state in (None, run.state)][: order.limit]:
             await trio.lowlevel.checkpoint()  # a snapshot looks at a whole log
             shown.append(run.snapshot(brief=True))
         if order.reply is not None:
@@ -767,25 +961,40 @@ class AgentsseApp(QuartTrio):
             return _answered(reply(snapshot, thread.feed.events))
         return _json(encode_event(snapshot), status)
 
-    def _list_agents(self) -> Response:
-        return _json(
-            msgspec.json.encode(
-                {
-                    "agents": [
-                        {
-                            "name": agent.name,
-                            "description": agent.description,
-                            "model": agent.model,
-                            "on_disconnect": agent.on_disconnect,
-                            "tools": [
-                                {"name": t.name, "description": t.description} for t in agent.tools
-                            ],
-                        }
-                        for agent in self.runs.agents.values()
-                    ]
-                }
+    def _show_thread(self, dialect: Dialect, order: ShowThread) -> Response:
+        thread = self.threads.find(order.thread_id)
+        if order.conversation_reply is None:
+            return self._shown_thread(dialect, thread, order.reply)
+        run = thread.run
+        said = self.runs.said_before(run) if run is not None else ()
+        snapshot = self.threads.snapshot(thread, default=dialect.agent)
+        shown, events = (run.snapshot(), run.log.events) if run else (None, ())
+        return _answered(order.conversation_reply(snapshot, shown, events, said))
+
+    def _list_agents(self, order: ListAgents) -> Response:
+        cards = [
+            AgentCard(
+                name=agent.name,
+                description=agent.description,
+                model=agent.model,
+                on_disconnect=agent.on_disconnect,
+                tools=tuple(ToolSpec(t.name, t.description, t.parameters) for t in agent.tools),
             )
-        )
+            for agent in self.runs.agents.values()
+        ]
+        if order.reply is not None:
+            return _answered(order.reply(cards))
+        shown = [
+            {
+                "name": card.name,
+                "description": card.description,
+                "model": card.model,
+                "on_disconnect": card.on_disconnect,
+                "tools": [{"name": t.name, "description": t.description} for t in card.tools],
+            }
+            for card in cards
+        ]
+        return _json(msgspec.json.encode({"agents": shown}))
 
     @property
     def _lease(self) -> Lease:
@@ -838,7 +1047,9 @@ class AgentsseApp(QuartTrio):
         origin = current_request.headers.get("Origin")
         if origin is not None and _is_local(origin):
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "Location, Retry-After"
+            response.headers["Access-Control-Expose-Headers"] = (
+                "Location, Content-Location, Retry-After, X-Request-Id"
+            )
             response.headers["Vary"] = "Origin"
         return response
 
@@ -894,6 +1105,17 @@ class AgentsseApp(QuartTrio):
             raise Overloaded("the server is about to stop", 5)
         return _json(b'{"status":"ok"}')
 
+    async def _openapi(self) -> Response:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._document is None:
+            self._document = await trio.to_thread.run_sync(self._make_document)
+        return _json(self._document)
+
+    def _make_document(self) -> bytes:
+        from .openapi import make_document  # noqa: PLC0415  # only for those who ask
+
+        return make_document(self._claimed, version=version("agentsse"))
+
     async def _metrics(self) -> Response:
         await trio.lowlevel.checkpoint_if_cancelled()
         from .metrics import render  # noqa: PLC0415  # 60 ms, and only for those who ask
@@ -902,6 +1124,16 @@ class AgentsseApp(QuartTrio):
             self.runs.statistics(), self.streams, self.connections, buckets=TEARDOWN_BUCKETS
         )
         return Response(text, 200, content_type=kind)
+
+
+def _large_bodies(claimed: Iterable[tuple[str, Dialect, Route]]) -> dict[str, int]:
+    """What the paths begin with to which more than usual may be posted, and how much that is."""
+    large: dict[str, int] = {}
+    for path, dialect, route in claimed:
+        if route.method == "POST" and dialect.max_body is not None:
+            prefix = path.partition("<")[0]
+            large[prefix] = max(large.get(prefix, 0), dialect.max_body)
+    return large
 
 
 def _json(
@@ -917,7 +1149,7 @@ def _json(
 
 
 def _answered(reply: Reply, headers: Mapping[str, str] | None = None) -> Response:
-    merged = {**reply.headers, **(headers or {})}
+    merged = {**(headers or {}), **reply.headers}
     return _json(reply.body, reply.status, merged, kind=reply.media_type)
 
 
@@ -932,8 +1164,14 @@ def _shown(
 ) -> Response:
     """A run as an intent, or else the dialect, wants to show it."""
     snapshot = run.snapshot(brief=brief)
-    if reply is not None:
-        return _answered(reply(snapshot, run.log.events), headers)
+    match reply:
+        case None:
+            pass
+        case ReplyWithHistory():
+            said = run.owner.said_before(run)
+            return _answered(reply.make(snapshot, run.log.events, said), headers)
+        case _:
+            return _answered(reply(snapshot, run.log.events), headers)
     return _json(dialect.present(snapshot), status, headers)
 
 

@@ -135,7 +135,13 @@ class ServerSettings:
     """Seconds an idle connection may wait for its next request: each one costs a descriptor."""
 
     max_body: Bytes = 1 * _MIB
-    """Bytes of a request body; dialects whose clients post their history allow more."""
+    """Bytes of a request body, but for those of clients that post their history."""
+
+    max_history: Bytes = 32 * _MIB
+    """Bytes of a request body where clients post their history; never less than `max_body`."""
+
+    max_bodies: Bytes = 256 * _MIB
+    """Bytes of all requests that are being read; who comes when it is full is to come again."""
 
     max_connections: Count | None = None
     """Connections at once; None: as many as RLIMIT_NOFILE has room for."""

@@ -66,7 +66,8 @@ from .events import (
     well_formed,
 )
 from .log import Coalescer, Due
-from .providers import Message, Provider
+from .messages import Message, ToolSpec
+from .providers import Provider
 from .tools import Tool, Workers, output_to, tool
 
 _OF_PARTS = frozenset({PartStarted, PartDelta, PartFinished})
@@ -190,6 +191,7 @@ class _Asked:
     since: float  # the loop's time
     answered: trio.Event = attrs.field(factory=trio.Event)
     answers: dict[str, Any] = attrs.field(factory=dict)  # so far
+    is_declined: bool = False
 
     @property
     def unanswered(self) -> tuple[Question, ...]:
@@ -235,8 +237,11 @@ class RunContext:
         metadata: What the client attached to it.
         nursery: The run's own; what is started here is part of the run, and is cancelled and
             joined with it.
-        history: What was said in its thread before; empty without a thread.
+        history: What was said before: in its thread, or as the client tells it.
         conversation: What is said in this run, as later runs of the thread will be told.
+        said: What a model agent is told now, where that is not the input: tools' answers.
+        client_tools: What the client can call, and a model agent may ask it to.
+        pending: Ids of the calls that it was asked for; with them the run is over.
         instructions: What a model agent is told first, where the client says so.
         uses_tools: Whether a model agent is given its tools.
     """
@@ -253,6 +258,9 @@ class RunContext:
     limits: Limits
     history: tuple[Message, ...] = ()
     conversation: list[Message] = attrs.field(factory=list)
+    said: tuple[Message, ...] | None = None
+    client_tools: tuple[ToolSpec, ...] = ()
+    pending: tuple[str, ...] = ()
     instructions: str | None = None
     uses_tools: bool = True
     is_full: bool = False
@@ -814,7 +822,8 @@ class RunContext:
             The answer, where one thing was asked; else answers by question id.
 
         Raises:
-            AgentError: The run is over.
+            AgentError: The run is over; or, with the code `declined`, the person does not want to
+                say. A confirmation that is declined is a no.
         """
         self._see_that_it_goes_on()
         self.fall_silent()
@@ -836,6 +845,8 @@ class RunContext:
                 if not self.is_cancelled:
                     self.append(InputWithdrawn(request_id=request_id))
                 self.host.input_changed()
+        if asked.is_declined:
+            raise AgentError("the person has declined to answer", code="declined", status=409)
         return asked.answers[questions[0].id] if single else asked.answers
 
     def answer(
@@ -855,14 +866,7 @@ class RunContext:
             NotAsked: It has been answered already.
             BadRequest: The answers do not fit the questions.
         """
-        if request_id in self._answered:
-            raise NotAsked(f"the request {request_id!r} has been answered already")
-        asked = self.asked.get(request_id)
-        if asked is None:
-            raise NotFound(
-                f"expected the id of an open request ({', '.join(self.asked) or 'there is none'}), "
-                f"got {request_id!r}"
-            )
+        asked = self._find_asked(request_id)
         if is_loose:
             given = asked.answers | fitted_answers(asked.questions, answers)
         else:
@@ -872,11 +876,62 @@ class RunContext:
         asked.answers = given
         if len(given) < len({question.id for question in asked.questions}):
             return
-        received = InputReceived(request_id=request_id, answers=encoded)
+        self._note_answer(asked, InputReceived(request_id=request_id, answers=encoded))
+
+    def answer_several(self, answers: Mapping[str, Any]) -> None:
+        """Answer open requests with what somebody has said to each: all of it, or none. Sync.
+
+        Args:
+            answers: By request id, or under `""` where there is one, loose: to one question its
+                answer, to several an object; None where the person does not want to say.
+
+        Raises:
+            NotFound, NotAsked, BadRequest: As `answer`.
+        """
+        fitting = {}
+        if list(answers) == [""] and len(self.asked) == 1:
+            answers = {next(iter(self.asked)): answers[""]}
+        if not answers or "" in answers:
+            raise BadRequest(
+                f"answers: expected some, by request id ({', '.join(self.asked)}), "
+                f"got {'one without' if answers else 'none'}"
+            )
+        for request_id, said in answers.items():
+            asked = self._find_asked(request_id)
+            if said is None and all(question.kind == "confirm" for question in asked.questions):
+                fitting[request_id] = {question.id: False for question in asked.questions}
+            elif said is not None:
+                fitting[request_id] = given = fitted_answers(asked.questions, _by_id(asked, said))
+                encode_json(given, what="the answers")
+                missing = {q.id for q in asked.questions} - set(asked.answers) - set(given)
+                if missing:
+                    raise BadRequest(
+                        f"answers: expected {', '.join(sorted(missing))} as well, got none"
+                    )
+        for request_id in answers:
+            if request_id in fitting:
+                self.answer(request_id, fitting[request_id], is_loose=True)
+            else:
+                asked = self._find_asked(request_id)
+                asked.is_declined = True
+                self._note_answer(asked, InputWithdrawn(request_id=request_id))
+
+    def _find_asked(self, request_id: str) -> _Asked:
+        if request_id in self._answered:
+            raise NotAsked(f"the request {request_id!r} has been answered already")
+        asked = self.asked.get(request_id)
+        if asked is None:
+            raise NotFound(
+                f"expected the id of an open request ({', '.join(self.asked) or 'there is none'}), "
+                f"got {request_id[:80]!r}"
+            )
+        return asked
+
+    def _note_answer(self, asked: _Asked, event: InputReceived | InputWithdrawn) -> None:
         # From here on it is answered, whatever happens before `ask` gets to run again.
-        del self.asked[request_id]
-        self._answered.add(request_id)
-        self.append(received)
+        del self.asked[event.request_id]
+        self._answered.add(event.request_id)
+        self.append(event)
         asked.answered.set()
         self.host.input_changed()
 
@@ -902,19 +957,11 @@ class RunContext:
         if not self.asked:
             raise NotAsked(f"expected a run that waits for a person, got {self.id}, which does not")
         request_id, asked = next(iter(self.asked.items()))
-        ids = {question.id for question in asked.questions}
-        if isinstance(said, str) and len(ids) > 1:
-            said = _by_lines(said) or said
-        by_id = isinstance(said, Mapping) and bool(said) and set(said) <= ids
-        if len(ids) > 1 and not by_id:
-            raise BadRequest(
-                f"expected answers to {', '.join(sorted(ids))}, as an object or as lines of "
-                f"'id: answer', got {reprlib.repr(said)}"
-            )
-        missing = ids - set(asked.answers) - set(said) if by_id else set()
-        if missing and is_whole:
+        given = _by_id(asked, said)
+        missing = {q.id for q in asked.questions} - set(asked.answers) - set(given)
+        if missing and is_whole and list(given) != [""]:
             raise BadRequest(f"answers: expected {', '.join(sorted(missing))} as well, got none")
-        self.answer(request_id, said if by_id else {"": said}, is_loose=True)
+        self.answer(request_id, given, is_loose=True)
 
     def dissolve(self) -> None:
         """Forget what an agent needs, once the run is over.
@@ -927,7 +974,8 @@ class RunContext:
         self.on_step_finished = None
         self._end_pulse()
         self.writer.forget()
-        self.history, self.conversation = (), []
+        self.history, self.conversation, self.said = (), [], None
+        self.client_tools, self.instructions = (), None
         self.input = self.metadata = None  # JSON of both is in the run, and takes less room
         self.asked.clear()
         self._open_parts.clear()
@@ -1075,6 +1123,25 @@ def problem_of(error: BaseException, where: str) -> Problem:
                 message=f"{where} raised {type(error).__name__}; the server's log has the details",
                 status=500,
             )
+
+
+def _by_id(asked: _Asked, said: Any) -> Mapping[str, Any]:
+    """What was said by question id, or under `""` where there is one question.
+
+    Raises:
+        BadRequest: It cannot be told what is meant to answer which.
+    """
+    ids = {question.id for question in asked.questions}
+    if isinstance(said, str) and len(ids) > 1:
+        said = _by_lines(said) or said
+    if isinstance(said, Mapping) and said and set(said) <= ids:
+        return said
+    if len(ids) > 1:
+        raise BadRequest(
+            f"expected answers to {', '.join(sorted(ids))}, as an object or as lines of "
+            f"'id: answer', got {reprlib.repr(said)}"
+        )
+    return {"": said}
 
 
 def check_answers(questions: Sequence[Question], answers: Mapping[str, Any]) -> None:

@@ -50,6 +50,12 @@ class NotFound(AgentsseError):
     status = 404
 
 
+class PreviousNotFound(NotFound):
+    """A run that another one was to continue, and that there is not (any more)."""
+
+    code = "previous_not_found"
+
+
 class NotAllowed(AgentsseError):
     """A method that the path does not know.
 
@@ -111,6 +117,13 @@ class KeyReused(Unprocessable):
 
     code = "idempotency_key_reused"
     status = 422
+
+
+class NotSupported(AgentsseError):
+    """Something that the protocol knows, and this server does not do."""
+
+    code = "not_supported"
+    status = 501
 
 
 class Overloaded(AgentsseError):

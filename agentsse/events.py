@@ -128,23 +128,25 @@ class Event(
 
 
 class RunStarted(Event, frozen=True, kw_only=True):
-    """Always first."""
+    """Always first; `client_tools` names those of the client that a model may call."""
 
     agent: str
     input: Raw
     on_disconnect: str
     thread_id: str | None = None
     parent_run_id: str | None = None
+    client_tools: tuple[str, ...] = ()
 
 
 class RunFinished(Event, frozen=True, kw_only=True):
-    """Always last, once."""
+    """Always last, once; `pending` are ids of the tool calls that the client is to make."""
 
     outcome: Outcome
     usage: Usage
     receipt: Receipt
     result: Raw | UnsetType = UNSET
     error: Problem | None = None
+    pending: tuple[str, ...] = ()
 
 
 class StepStarted(Event, frozen=True, kw_only=True):

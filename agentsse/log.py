@@ -287,6 +287,7 @@ class Log:
         *,
         ends_at: frozenset[type[AnyEvent]] = frozenset(),
         reads_on: bool = False,
+        past: int = 0,
     ) -> "Reader":
         """Open a reader behind `after`; whoever opens it detaches it.
 
@@ -298,12 +299,13 @@ class Log:
                 has a frame, and whoever begins behind it reads on to the next one. The same for all
                 readers with one key.
             reads_on: This reader goes on to the end of the log all the same.
+            past: It does so past those among this many events.
         """
         rendering = self._renderings.get(key)
         if rendering is None:
             rendering = self._renderings[key] = Rendering(self, key, make(), ends_at)
         rendering.readers += 1
-        return Reader(self, rendering, after, reads_on)
+        return Reader(self, rendering, after, reads_on, past)
 
     def detach(self, reader: "Reader") -> None:
         """Forget a reader, and its rendering with the last one."""
@@ -414,6 +416,7 @@ class Reader(Bell):
     rendering: Rendering
     after: Position
     reads_on: bool = False
+    past: int = 0
     _cursor: int | None = None
     _began: int = 0
 
@@ -476,8 +479,12 @@ class Reader(Bell):
         """Frames up to where this reader is finished before the log is, once that is known."""
         if self.reads_on:
             return None
-        stops = self.rendering.stops
-        place = bisect_right(stops, self._began)
+        stops, begin = self.rendering.stops, self._began
+        if self.past:
+            if self.rendering.rendered < self.past:
+                return None
+            begin = max(begin, self.rendering.ends[self.past])
+        place = bisect_right(stops, begin)
         return stops[place] if place < len(stops) else None
 
     def _is_at_end(self) -> bool:

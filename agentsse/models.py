@@ -10,7 +10,7 @@ what is not, is in one place, `ModelLoop._call`: nothing is tried again once any
 import functools
 import hashlib
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, Final, assert_never
 
@@ -35,22 +35,16 @@ from .events import (
     well_formed,
 )
 from .markdown import closing
-from .providers import (
-    MAX_CALLS,
+from .messages import (
     AssistantMessage,
-    Connection,
-    Finish,
     Message,
-    Normalizer,
-    Produced,
-    Prompt,
-    Provider,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from .providers import MAX_CALLS, Connection, Finish, Normalizer, Produced, Prompt, Provider
 from .tools import Tool
 
 SAME_CALLS: Final = 10  # rounds of the same calls after which the model is told to stop it
@@ -101,6 +95,8 @@ class ModelLoop:
     async def __call__(self, run: RunContext, input: Any) -> str:
         """Converse until the model answers without a tool call; the text is the result.
 
+        It is over, too, where the model calls tools of the client, who goes on with their answers.
+
         What people say meanwhile it is told after the round of tools that it is in, or the rest;
         what they say later than that, and follow-ups, when it would have ended. What comes too late
         for its last call it leaves for whoever runs next.
@@ -114,17 +110,21 @@ class ModelLoop:
         instructions = (run.instructions if is_own else None) or self.instructions
         system = (SystemMessage(instructions),) if instructions else ()
         own_tools = self.tools if run.uses_tools or not is_own else ()
+        client_tools = run.client_tools if run.uses_tools and is_own else ()
+        of_client = {spec.name for spec in client_tools}
         history, conversation = (run.history, run.conversation) if is_own else ((), [])
-        conversation.append(UserMessage(input if isinstance(input, str) else _as_json(input)))
-        tools = tuple(ToolSpec(t.name, t.description, t.parameters) for t in own_tools)
+        conversation += (run.said if is_own else None) or (_message_of(input),)
+        told, begun = well_ended((*history, *conversation)), len(conversation)
+        specs = (ToolSpec(t.name, t.description, t.parameters) for t in own_tools)
+        tools = (*specs, *client_tools)
         guard, gauge = LoopGuard(), Gauge(self.context_window)
         async with AsyncExitStack() as stack:
-            known = {m.call_id for m in history if isinstance(m, ToolMessage)}
+            known = {m.call_id for m in told if isinstance(m, ToolMessage)}
             turn = _Turn(run, self, stack, conversation, call_ids=known, told=len(history))
             for left in reversed(range(run.limits.max_steps)):
                 if await run.rest_while_paused():
                     conversation += map(UserMessage, run.take_messages("steer"))
-                messages = (*system, *history, *conversation)
+                messages = (*system, *told, *conversation[begun:])
                 said = await turn.ask(messages, tools)
                 run.usage += said.finish.usage
                 if said.text or said.tool_calls or said.finish.echo:
@@ -139,13 +139,21 @@ class ModelLoop:
                         return said.text
                     conversation += map(UserMessage, heard)
                     continue
+                own_calls = [call for call in said.tool_calls if call.name not in of_client]
                 answers: dict[int, Answered] = {}
                 try:
-                    with run.step("tools", kind="tool_round"), _unless_stalled(run, _stalled):
-                        await _call_tools(run, own_tools, said.tool_calls, answers)
+                    if own_calls:
+                        with run.step("tools", kind="tool_round"), _unless_stalled(run, _stalled):
+                            await _call_tools(run, own_tools, own_calls, answers)
                 finally:  # those that have answered did, whatever becomes of the others
                     in_order = [answers[index] for index in sorted(answers)]
                     conversation += [answer.message for answer in in_order]
+                if len(own_calls) < len(said.tool_calls):
+                    conversation += map(UserMessage, run.take_messages())  # for whoever goes on
+                    run.pending = tuple(
+                        call.call_id for call in said.tool_calls if call.name in of_client
+                    )
+                    return said.text
                 if (circle := guard.note(said.tool_calls, in_order)) is not None:
                     conversation.append(_judge(run, circle))
                 if left:
@@ -568,24 +576,49 @@ def _size(message: Message) -> int:
             assert_never(message)
 
 
-def well_ended(conversation: Sequence[Message]) -> tuple[Message, ...]:
-    """A conversation as a model may be told it later: each tool call in it has its result. Pure."""
+def well_ended(
+    conversation: Sequence[Message], *, awaited: Collection[str] = ()
+) -> tuple[Message, ...]:
+    """A conversation as a model may be told it: each tool call has its result behind it. Pure.
+
+    A result that is of no call, or of one that has its result, is left out: models refuse it.
+
+    Args:
+        conversation: What was said.
+        awaited: Ids of calls whose results may still come.
+    """
+    results: dict[tuple[int, int], ToolMessage] = {}  # by the places of their calls
+    open_calls: dict[str, tuple[int, int]] = {}
+    for place, message in enumerate(conversation):
+        match message:
+            case AssistantMessage(tool_calls=calls):
+                open_calls |= {call.call_id: (place, n) for n, call in enumerate(calls)}
+            case ToolMessage(call_id) if call_id in open_calls:
+                results[open_calls.pop(call_id)] = message
+            case _:
+                pass
     whole: list[Message] = []
-    answered = {m.call_id for m in conversation if isinstance(m, ToolMessage)}
-    pending: list[ToolCall] = []
-    for message in conversation:
-        if not isinstance(message, ToolMessage):
-            whole += map(_unanswered, pending)
-            pending = []
+    for place, message in enumerate(conversation):
+        if isinstance(message, ToolMessage):
+            continue
         whole.append(message)
-        if isinstance(message, AssistantMessage):
-            pending = [call for call in message.tool_calls if call.call_id not in answered]
-    return (*whole, *map(_unanswered, pending))
+        for n, call in enumerate(
+            message.tool_calls if isinstance(message, AssistantMessage) else ()
+        ):
+            if (result := results.get((place, n))) is not None:
+                whole.append(attrs.evolve(result, name=call.name))
+            elif call.call_id not in awaited:
+                whole.append(_unanswered(call))
+    return tuple(whole)
 
 
 def _unanswered(call: ToolCall) -> ToolMessage:
-    content = _as_json({"error": "the run was cancelled before the tool had answered"})
+    content = _as_json({"error": "the tool has not answered"})
     return ToolMessage(call.call_id, call.name, content, is_error=True)
+
+
+def _message_of(input: Any) -> UserMessage:
+    return UserMessage(input if isinstance(input, str) else _as_json(input))
 
 
 def size_of(conversation: Sequence[Message]) -> int:

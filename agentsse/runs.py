@@ -16,6 +16,7 @@ import contextvars
 import functools
 import secrets
 import traceback
+import weakref
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from .errors import (
     KeyReused,
     NotFound,
     Overloaded,
+    PreviousNotFound,
     Unencodable,
     redact,
 )
@@ -73,8 +75,9 @@ from .log import (
     Stamps,
     Timer,
 )
-from .models import mended, size_of, well_ended
-from .providers import AssistantMessage, Message, Provider, UserMessage
+from .messages import AssistantMessage, Message, ToolMessage, ToolSpec, UserMessage
+from .models import ModelLoop, mended, size_of, well_ended
+from .providers import MAX_CALLS, Provider
 from .stores.memory import MemoryStore
 
 MAX_WAYS = 16  # dialects and filters in which one run is read at once
@@ -84,6 +87,7 @@ OVERDUE = (
     1.0  # seconds beyond the cleanup time after which a run that is not gone is named in the log
 )
 # What makes a model refuse would make it refuse whatever follows in the thread.
+MAX_TOOL_NAME = 128  # characters
 UNSPEAKABLE = frozenset({"bad_request", "content_filter", "context_length"})
 ID_BYTES = 16  # 128 random bits: a run's id is a capability
 TEARDOWN_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
@@ -163,6 +167,13 @@ class Thread:
         return next(chain(going_on, self.active, reversed(self.kept)), None)
 
     @property
+    def unread(self) -> "Run | None":
+        """The last run that goes on, else the last one if nobody has read it to its end."""
+        going_on = (run for run in reversed(self.active) if run.state != "cancelling")
+        over = (run for run in self.kept[-1:] if not (run.was_read or run.was_left))
+        return next(chain(going_on, over), None)
+
+    @property
     def running(self) -> "Run | None":
         """The run that goes on and has not been asked to end."""
         run = next((run for run in self.active if run.holds_place), None)
@@ -176,7 +187,13 @@ class Run:
     Attributes:
         home: The thread whose feed tells of it; a child run's is that of the run above.
         done: Set when the run is over: its nursery has exited and its last event is in the log.
+        was_read: Whether somebody has been sent all of it.
         conversation: What later runs of its thread are told of it, once it is over.
+        told: What was said before it, where that is not what its thread knows; until it begins.
+        previous: What those are told of that continue it: the run that it continues itself, or
+            what was said before it.
+        lead: How many messages of its conversation were said before the last one that began it.
+        is_unwanted: Nothing is to be kept of it.
     """
 
     id: str
@@ -199,19 +216,25 @@ class Run:
     end: RunFinished | None = None
     conversation: tuple[Message, ...] = ()
     conversation_size: int = 0
+    told: tuple[Message, ...] | None = None
+    previous: "weakref.ref[Run] | tuple[Message, ...] | None" = None
+    lead: int = 0
+    is_unwanted: bool = False
     shown: str | None = None  # of what was said to begin it
     done: trio.Event = attrs.field(factory=trio.Event)
+    was_read: bool = False
     children: "set[Run]" = attrs.field(factory=set)
     made: int = 0  # children, ever
     idempotency: tuple[str, bytes] | None = None
     holds_place: bool = False  # of max_running; child runs and queued ones hold none
+    lends_place: bool = False  # to others, while a person thinks
     _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     _task: trio.lowlevel.Task | None = None
     _nursery: trio.Nursery | None = None
     _returned: bool = False
     _signal: _Signal | None = None
-    _holders: set[object] = attrs.field(factory=set)
-    _left: bool = False
+    _holders: dict[object, Policy | None] = attrs.field(factory=dict)
+    _left: Policy | None = None  # of the last one to leave
     _is_paused: bool = False
     _grace: Due | None = None
     _deadline: Due | None = None
@@ -247,11 +270,14 @@ class Run:
         *,
         ends_at: frozenset[type[AnyEvent]] = frozenset(),
         reads_on: bool = False,
+        past: int = 0,
         is_plain: bool = False,
+        policy: Policy | None = None,
     ) -> Reader:
         """Open a reader behind `after`; it holds the run until `detach`.
 
-        With `is_plain` it reads without a filter, for which there is always room.
+        Where it ends is `Log.attach`'s to say. With `is_plain` it reads without a filter, for which
+        there is always room.
 
         Raises:
             BadRequest: The place is past the end of the log.
@@ -267,33 +293,56 @@ class Run:
                 f"the run is read in {self.log.ways} ways already, each a copy of its frames: "
                 "use one of the filters in use, or none"
             )
-        reader = self.log.attach(key, make, after, ends_at=ends_at, reads_on=reads_on)
-        self.hold(reader)
+        reader = self.log.attach(key, make, after, ends_at=ends_at, reads_on=reads_on, past=past)
+        self.hold(reader, policy)
         return reader
 
     def detach(self, reader: Reader, reason: CloseReason) -> None:
         """Close a reader, and let go of the run."""
         self.log.detach(reader)
+        if reason == "finished" and self.log.closed:
+            self.was_read = True
         self.release(reader, reason)
 
-    def hold(self, holder: object) -> None:
-        """Count somebody who waits for this run, in whatever way."""
-        self._holders.add(holder)
-        self._left = False
+    @property
+    def was_left(self) -> bool:
+        """Whether it was cancelled because nobody watched it any more."""
+        return self.end is not None and self.end.receipt.cause == "disconnect"
+
+    @property
+    def settled(self) -> int:
+        """How many events there are before the first question that is still open."""
+        asked = self.context.asked
+        return next(iter(asked.values())).event.seq - 1 if asked else self.log.end
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody waits for it, or leaving it would not end it."""
+        return bool(self._holders) or self.policy.kind == "continue"
+
+    def hold(self, holder: object, policy: Policy | None = None) -> None:
+        """Count somebody who waits for this run, in whatever way.
+
+        Args:
+            holder: Who lets go of it later.
+            policy: What it means if this one is the last to leave; the run's unless given.
+        """
+        self._holders[holder] = policy
+        self._left = None
         self._stop(self._grace)
 
     def release(self, holder: object, reason: CloseReason) -> None:
-        """Let go; the last one to leave decides by the run's policy."""
-        self._holders.discard(holder)
+        """Let go; the last one to leave decides by its policy, or the run's."""
+        policy = self._holders.pop(holder, None) or self.policy
         if self._holders or self.log.closed:
             return
         match reason:
             case "client_left":
-                self._left = True
-                self._abandon(self.policy)
+                self._left = policy
+                self._abandon(policy)
             case "slow_client" | "rotated" | "error":  # the server's doing: they may come back
-                self._left = True
-                self._abandon(self._at_least_second_chance())
+                self._left = policy
+                self._abandon(_at_least_second_chance(policy))
             case "finished" | "shutdown":
                 pass
             case _:
@@ -314,11 +363,6 @@ class Run:
                 pass
             case _:
                 assert_never(policy.kind)
-
-    def _at_least_second_chance(self) -> Policy:
-        if self.policy.kind == "continue":
-            return self.policy
-        return Policy("grace", max(self.policy.seconds, SECOND_CHANCE))
 
     # The end
 
@@ -428,6 +472,7 @@ class Run:
     def input_changed(self) -> None:
         """Watch the time while a person is asked; then see whether anybody is still there."""
         self._stop(self._input_deadline)
+        self.owner.lend_place(self, is_lent=bool(self.context.asked))
         if self.context.asked:
             self._wake_waiting()
             self._stop(self._grace)
@@ -437,7 +482,7 @@ class Run:
                 until, lambda: self.cancel("input_timeout")
             )
         elif self._left and not self._holders:
-            self._abandon(self._at_least_second_chance())
+            self._abandon(_at_least_second_chance(self._left))
 
     def make_child(self, agent: Agent | str, input: Any, /) -> "Run":
         """Make a run below this one, which has begun; `run_below` sees it to its end."""
@@ -506,6 +551,7 @@ class Run:
                 on_disconnect=str(self.policy),
                 thread_id=self.thread_id,
                 parent_run_id=self.parent_id,
+                client_tools=tuple(spec.name for spec in self.context.client_tools),
             )
         )
         if self.shown is not None:
@@ -567,6 +613,7 @@ class Run:
             )
             self.log.append(end)
         self.end = end
+        self.told = None
         self.log.close()
         self.finished = end.ts
         if self.thread_id is not None and self.holds_place:  # else nobody has heard of it
@@ -602,6 +649,7 @@ class Run:
             receipt=self._receipt(),
             result=UNSET if result is None or outcome != "success" else result,
             error=problem,
+            pending=self.context.pending if outcome == "success" else (),
         )
 
     def _report_end(self, end: RunFinished) -> None:
@@ -681,7 +729,8 @@ class Run:
             return
         try:
             conversation = self._conversation(end)
-            self.conversation_size = size_of(conversation)
+            told = self.previous if isinstance(self.previous, tuple) else ()
+            self.conversation_size = size_of(conversation) + size_of(told)
             self.conversation = conversation
         except Exception as error:  # noqa: BLE001  # an agent may have put anything into it
             self.report_crash(error, f"the conversation of {self.agent.name!r}")
@@ -689,12 +738,13 @@ class Run:
     def _conversation(self, end: RunFinished) -> tuple[Message, ...]:
         """What was said: by a model's own account, else the input and the text that came of it."""
         if self.context.conversation:
-            return well_ended(self.context.conversation)
+            return well_ended(self.context.conversation, awaited=end.pending)
         said = self._output() if end.outcome == "success" else mended(self._output())
-        if not said and end.result is not UNSET:
+        if not said and end.result not in (UNSET, NULL):
             said = text_of_json(end.result)
+        before = (self.context.said or ())[:-1]
         question = UserMessage(text_of_json(self.input))
-        return (question, AssistantMessage(said)) if said else (question,)
+        return (*before, question, *((AssistantMessage(said),) if said else ()))
 
     def _output(self) -> str:
         return "".join(
@@ -706,6 +756,12 @@ class Run:
     def _stop(self, due: Due | None) -> None:
         if due is not None:
             due.cancel()
+
+
+def _at_least_second_chance(policy: Policy) -> Policy:
+    if policy.kind == "continue":
+        return policy
+    return Policy("grace", max(policy.seconds, SECOND_CHANCE))
 
 
 @attrs.frozen
@@ -756,6 +812,7 @@ class Runs:
     _active: dict[str, Run] = attrs.field(factory=dict)
     _queue: dict[Run, None] = attrs.field(factory=dict)  # in their order
     _running: Counter[str] = attrs.field(factory=Counter)  # by agent, child runs not counted
+    _lent: int = 0  # places of runs that wait for a person
     threads: dict[str, Thread] = attrs.field(factory=dict)
     _keys: dict[str, Run] = attrs.field(factory=dict)  # idempotency keys
     _finished: Counter[Outcome] = attrs.field(factory=Counter)
@@ -786,9 +843,10 @@ class Runs:
             The run, and whether it is new: the same idempotency key finds the same run again.
 
         Raises:
-            NotFound: There is no such agent.
+            NotFound: There is no such agent, or no run that it continues.
             BadRequest: The policy is none.
-            Conflict: The thread is busy, and the client did not want to wait.
+            Conflict: The thread is busy, and the client did not want to wait; or the run that it
+                wants to continue goes on.
             KeyReused: The key came before with another body.
             Overloaded: The queue is full, or the server is about to stop.
         """
@@ -803,12 +861,26 @@ class Runs:
             return known, False
         if self.is_closing:
             raise Overloaded("the server is about to stop; try again when it is back", 5)
+        previous = None if order.continues is None else self.find_previous(order)
+        if previous is not None:
+            if not previous.log.closed:
+                raise Conflict(f"expected a run that is over, got {previous.id}, which goes on")
+            if previous.thread_id is None:
+                raise BadRequest(
+                    f"expected a run of a thread to be continued, got {previous.id}, which is of "
+                    "none: nobody remembers what was said in it"
+                )
+            order = attrs.evolve(order, thread_id=previous.thread_id)
         policy = Policy.parse(
             order.on_disconnect or chosen.on_disconnect or default, self.limits.grace
         )
         thread = self.find_thread(order.thread_id)
-        busy = thread.active if thread is not None else ()
-        if busy and order.if_busy == "reject":
+        busy = tuple(thread.active) if thread is not None else ()
+        # Of what is being cancelled nobody expects anything any more.
+        in_the_way = order.if_busy == "supersede" and any(
+            run.is_held and run.state != "cancelling" for run in busy
+        )
+        if in_the_way or (busy and order.if_busy == "reject"):
             raise Conflict(
                 f"the thread {order.thread_id!r} is busy with the run {busy[0].id}: wait for its "
                 'end, cancel it, or send "if_busy": "enqueue"'
@@ -818,10 +890,22 @@ class Runs:
                 f"expected the id of a new run, got {order.run_id[:80]!r}, which there is already"
             )
         run = self._make(chosen, order.input, policy=policy, order=order)
-        if len(self._queue) >= self.limits.max_queued and not self._has_room(run):
+        leaving = sum(other in self._queue for other in busy) if order.if_busy == "supersede" else 0
+        if len(self._queue) - leaving >= self.limits.max_queued and not self._has_room(run):
             raise Overloaded(
                 f"all places are taken and {len(self._queue)} runs are waiting; try again later"
             )
+        run.told, run.lead = order.history, max(len(order.said or ()) - 1, 0)
+        if previous is not None and run.told is None:
+            run.told = (*self._told_to(previous), *previous.conversation)
+            run.previous = weakref.ref(previous)
+        elif order.makes_thread or previous is not None:
+            run.previous = run.told
+        if order.said is not None and run.told is not None:
+            _see_results(order.said, run.told)
+        if order.if_busy == "supersede":
+            for other in reversed(busy):  # queued ones first, or they would be let in one by one
+                other.cancel("client_cancel", reason=f"the run {run.id} takes its place")
         if key is not None:
             run.idempotency = (key, order.fingerprint)
             self._keys[key] = run
@@ -833,6 +917,33 @@ class Runs:
         self._queue[run] = None
         self._admit()
         return run, True
+
+    def said_before(self, run: Run) -> tuple[Message, ...]:
+        """What was said before a run, as it was told, as far as that is kept."""
+        if run.log.closed:
+            return (*self._told_to(run), *run.conversation[: run.lead])
+        told = run.told
+        if told is None:
+            told = self._told_to(run) if run.started is None else run.context.history
+        return (*told, *(run.context.said or ())[:-1])
+
+    def _told_to(self, run: Run) -> tuple[Message, ...]:
+        """What a run was told by others: those that it continues, or those before it."""
+        said: list[Sequence[Message]] = []
+        while isinstance(run.previous, weakref.ref):
+            previous = run.previous()
+            if previous is None or self._kept.find(previous.id) is not previous:
+                break
+            run = previous
+            said.append(run.conversation)
+        else:
+            if run.previous is not None:
+                said.append(run.previous)
+            elif run.home is not None:
+                kept = run.home.kept
+                before = kept[: kept.index(run)] if run in kept else kept
+                said += [other.conversation for other in reversed(before)]
+        return tuple(chain.from_iterable(reversed(said)))
 
     def make_child(self, parent: Run, agent: Agent | str, input: Any) -> Run:
         """Make a run below another; it has begun, and whoever made it supervises it."""
@@ -858,10 +969,26 @@ class Runs:
         Raises:
             NotFound: There is none, or it is no longer kept.
         """
-        run = self._active.get(run_id) or self._kept.find(run_id)
+        run = self.look_up(run_id)
         if run is None:
             raise NotFound(
                 f"expected the id of a run that goes on or is still kept, got {run_id[:80]!r}"
+            )
+        return run
+
+    def look_up(self, run_id: str | None) -> Run | None:
+        """The run of that id, or None."""
+        return None if run_id is None else self._active.get(run_id) or self._kept.find(run_id)
+
+    def find_previous(self, order: Start) -> Run:
+        """The run that is to be continued; raises `PreviousNotFound`."""
+        run_id = order.continues or ""
+        run = self.look_up(run_id)
+        if run is None or order.thread_id not in (None, run.thread_id):
+            where = "" if order.thread_id is None else f" in the thread {order.thread_id[:80]!r}"
+            raise PreviousNotFound(
+                f"expected the id of a run that goes on or is still kept{where}, "
+                f"got {run_id[:80]!r}"
             )
         return run
 
@@ -892,6 +1019,13 @@ class Runs:
                 if agent.model == each:
                     return agent
         return self.find_agent(name or default or next(iter(self.agents), "(none)"))
+
+    def find_run_of(self, thread_id: str, run_id: str) -> Run:
+        """The run of that id, which must be of that thread; raises `NotFound`."""
+        run = self.find(run_id)
+        if run.thread_id != thread_id:
+            raise NotFound(f"expected a run of the thread {thread_id[:80]!r}, got {run_id[:80]!r}")
+        return run
 
     def find_thread(self, thread_id: str | None) -> Thread | None:
         """The thread of that id, if there is one."""
@@ -986,6 +1120,29 @@ class Runs:
 
     # What runs tell their owner
 
+    def lend_place(self, run: Run, *, is_lent: bool) -> None:
+        """Let others run while a run waits for a person, who may never come.
+
+        Once it is answered it goes on, even if all places are taken by then. Of those that wait no
+        more lend theirs than there are places: so that there is an end to them, too.
+        """
+        if not run.holds_place or is_lent == run.lends_place:
+            return
+        if is_lent and self._lent >= self.limits.max_running:
+            return
+        was_full = self._lent >= self.limits.max_running
+        run.lends_place = is_lent
+        change = -1 if is_lent else 1
+        self._lent -= change
+        self._running[run.agent.name] += change
+        if is_lent:
+            self._admit()
+        elif was_full:
+            for other in self._active.values():
+                if other.context.asked and other.holds_place and not other.lends_place:
+                    self.lend_place(other, is_lent=True)
+                    break
+
     def drop_queued(self, run: Run) -> None:
         """End a run that has not begun: it has a beginning and an end all the same."""
         del self._queue[run]
@@ -1007,11 +1164,14 @@ class Runs:
             run.home.kept.append(run)
             if run.home.is_closed and not run.home.active:
                 run.home.feed.finish()
+        self.lend_place(run, is_lent=False)
         if run.holds_place:
             self._running[run.agent.name] -= 1
         now = trio.current_time()
         size = run.log.size + len(bytes(run.metadata)) + run.conversation_size
         self._forget(self._kept.keep(run.id, run, size=size, now=now))
+        if run.is_unwanted:
+            self.forget(run)
         if self._expiry is None:
             self._expiry = self.timer.call_at(now + self.limits.retain_age, self._expire)
         self._admit()
@@ -1041,6 +1201,8 @@ class Runs:
             encoded_metadata = encode_json(metadata, what="metadata")
             encode_json(order.thread_id if order else None, what="thread_id")
             encode_json(run_id, what="run_id")
+            tools = _tools_for(agent, order)
+            encode_json([tool.name for tool in tools], what="the names of tools")
         except Unencodable as error:
             raise BadRequest(error.message) from error
         own = order.timeout if order else None
@@ -1074,6 +1236,8 @@ class Runs:
             limits=limits,
             instructions=order.instructions if order else None,
             uses_tools=order.uses_tools if order else True,
+            said=order.said if order else None,
+            client_tools=tools,
         )
         return run
 
@@ -1093,7 +1257,9 @@ class Runs:
             run.holds_place = True
             self._running[run.agent.name] += 1
             run.begin()
-            if run.home is not None:
+            if run.told is not None:
+                run.context.history, run.told = run.told, None
+            elif run.home is not None:
                 told = (message for other in run.home.kept for message in other.conversation)
                 run.context.history = tuple(told)
             # In a clean context: else the run would pin the request that started it, 35 KiB.
@@ -1112,6 +1278,14 @@ class Runs:
         self._forget(self._kept.expire(trio.current_time()))
         when = self._kept.next_expiry()
         self._expiry = None if when is None else self.timer.call_at(when, self._expire)
+
+    def forget(self, run: Run) -> None:
+        """Keep nothing of a run, nor of those below it; if it goes on, once it is over."""
+        for child in [other for other in self if other.parent_id == run.id]:
+            self.forget(child)
+        run.is_unwanted = True
+        if (kept := self._kept.drop(run.id)) is not None:
+            self._forget([kept])
 
     def _forget(self, evicted: list[Run]) -> None:
         for run in evicted:
@@ -1163,6 +1337,33 @@ def _report_crash(report: Callable[..., object], error: BaseException, **facts: 
         error=type(unwrapped(error)).__name__,
         traceback=redact("".join(traceback.format_exception(error))),
     )
+
+
+def _see_results(said: Sequence[Message], told: Sequence[Message]) -> None:
+    """See that what tools are said to have answered was asked; raises `BadRequest`."""
+    calls = (m.tool_calls for m in told if isinstance(m, AssistantMessage))
+    known = {call.call_id for call in chain.from_iterable(calls)}
+    for message in said:
+        if isinstance(message, ToolMessage) and message.call_id not in known:
+            raise BadRequest(
+                f"expected the result of a tool call of the conversation, got one of "
+                f"{message.call_id[:80]!r}, which is none of its calls"
+            )
+
+
+def _tools_for(agent: Agent, order: Start | None) -> tuple[ToolSpec, ...]:
+    """Those of the client's tools that a model may call: none with a name of the agent's own."""
+    if order is None or not order.uses_tools or not isinstance(agent.function, ModelLoop):
+        return ()
+    if len(order.tools) > MAX_CALLS:
+        raise BadRequest(f"expected at most {MAX_CALLS} tools of the client, got more")
+    for spec in order.tools:
+        if not 0 < len(spec.name) <= MAX_TOOL_NAME:
+            raise BadRequest(
+                f"expected a tool's name of 1 to {MAX_TOOL_NAME} characters, got {spec.name[:40]!r}"
+            )
+    own = {tool.name for tool in agent.tools}
+    return tuple({spec.name: spec for spec in order.tools if spec.name not in own}.values())
 
 
 def _thread_id(order: Start | None, run_id: str) -> str | None:

@@ -47,7 +47,14 @@ from .providers.offline import OfflineProvider
 from .runs import Run, Runs, contained, open_runs
 from .tools import Tool, Toolset
 
-DIALECTS: tuple[Dialect, ...] = (NATIVE, AGENTLANG, LIGHTSPEED, KILROY, HIVE, OPENAI_CHAT)
+DIALECTS: tuple[Dialect, ...] = (
+    NATIVE,
+    OPENAI_CHAT,
+    AGENTLANG,
+    LIGHTSPEED,
+    KILROY,
+    HIVE,
+)
 RESERVED_DESCRIPTORS = 64  # for logs, upstreams and files, beside the connections
 MIN_CLEANUP = 5.0  # seconds, at most half of the drain, that cancelled runs get to clean up
 MIN_FAREWELL = 0.5  # seconds that streams get for their last bytes, though the drain is over
@@ -556,6 +563,8 @@ def _app_options(settings: Settings) -> AppOptions:
         heartbeat=server.heartbeat,
         rotation=server.rotation,
         max_body=server.max_body,
+        max_history=server.max_history,
+        max_bodies=server.max_bodies,
         allowed_hosts=tuple(name.lower() for name in server.allowed_hosts),
     )
 

@@ -59,6 +59,7 @@ class _Opened:
 
     agent: str
     metadata: Raw
+    lasts: bool = True
     triggers: dict[str, _Trigger] = attrs.field(factory=dict)
 
 
@@ -115,7 +116,7 @@ class Threads:
         Raises:
             NotFound: There is no such agent.
             Conflict: It is open already, and the client wanted a new one.
-            Overloaded: Too many are open.
+            Overloaded: Too many are open, and none of those that do not last is idle.
         """
         agent = self.runs.choose_agent(order.agent, default=default)
         thread_id = order.thread_id or secrets.token_hex(ID_BYTES)
@@ -128,11 +129,22 @@ class Threads:
         if self.runs.is_closing:
             raise Overloaded("the server is about to stop; try again when it is back", 5)
         if len(self._opened) >= MAX_OPEN:
-            raise Overloaded(f"expected at most {MAX_OPEN} open threads; close one of them first")
+            self._make_room()
         thread = self.runs.open_thread(thread_id)
-        opened = self._opened[thread_id] = _Opened(agent.name, metadata)
+        opened = self._opened[thread_id] = _Opened(agent.name, metadata, order.lasts)
         thread.holders.add(opened)
         return thread
+
+    def _make_room(self) -> None:
+        """Let the oldest open thread go that does not last, and in which nothing goes on."""
+        for thread_id, opened in self._opened.items():
+            thread = self.runs.threads[thread_id]
+            if not (opened.lasts or opened.triggers or thread.active or len(thread.holders) > 1):
+                del self._opened[thread_id]
+                thread.holders.discard(opened)
+                self.runs.drop_thread(thread)
+                return
+        raise Overloaded(f"expected at most {MAX_OPEN} open threads; close one of them first")
 
     async def close(self, thread_id: str) -> Thread:
         """Cancel what goes on in a thread, forget the thread, and wait until all of it is gone.

@@ -68,14 +68,8 @@ from agentsse.events import (
     encode_event,
 )
 from agentsse.log import START
-from agentsse.providers import (
-    AssistantMessage,
-    Finish,
-    SystemMessage,
-    ToolCall,
-    ToolMessage,
-    UserMessage,
-)
+from agentsse.messages import AssistantMessage, SystemMessage, ToolCall, ToolMessage, UserMessage
+from agentsse.providers import Finish
 from agentsse.runs import Limits, open_runs
 from agentsse.sse import Decoder
 from agentsse.testing import ScriptedProvider, ask_for, say
@@ -968,9 +962,9 @@ async def test_only_a_run_that_goes_on_can_be_told_something(autojump_clock):
     """Not one that waits for its turn, whose first event is yet to come, nor one that is over."""
     async with opened(Agent("main", ask_how), max_running=1) as runs:
         run, queued = begin(runs), begin(runs)
-        await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(Conflict, match=f"got {queued.id}, which still waits for its turn"):
             queued.context.hear("a", "steer")
+        await trio.testing.wait_all_tasks_blocked()
         run.context.answer("q1", {"answer": ""})
         await run.done.wait()
         with pytest.raises(Conflict, match=f"got {run.id}, which is over"):

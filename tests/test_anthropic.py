@@ -24,18 +24,16 @@ from agentsse.events import (
     decode_event,
     encode_event,
 )
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    HttpProvider,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Finish, HttpProvider, Prompt
 from agentsse.providers.anthropic import MAX_TOKENS, AnthropicApi, AnthropicNormalizer
 
 API = AnthropicApi(key="k-123")

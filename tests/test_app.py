@@ -1204,7 +1204,8 @@ async def test_local_origin_passes_with_cors_headers(origin: str) -> None:
 
             assert 200 == answer.status_code
             assert origin == answer.headers["access-control-allow-origin"]
-            assert "Location, Retry-After" == answer.headers["access-control-expose-headers"]
+            exposed = answer.headers["access-control-expose-headers"]
+            assert "Location, Content-Location, Retry-After, X-Request-Id" == exposed
             assert "Origin" == answer.headers["vary"]
         refused = await s.http.get("/nothing", headers={"Origin": origin})
         assert (404, origin) == (
@@ -1715,7 +1716,7 @@ async def test_connection_that_fails_is_no_client_that_has_left(
             assert 0 == app.streams.open
             assert "running" == run.state
             assert waits == (run._grace is not None)
-            assert set() == run._holders
+            assert {} == run._holders
 
 
 async def test_prelude_is_a_write_of_its_own_and_large_frames_are_cut_into_slices() -> None:
@@ -1815,7 +1816,7 @@ async def test_two_dialects_cannot_claim_one_path(monkeypatch: pytest.MonkeyPatc
             pass
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/health/live", "/health/ready"])
+@pytest.mark.parametrize("path", ["/metrics", "/health/live", "/health/ready", "/openapi.json"])
 async def test_no_dialect_can_claim_what_operators_ask_for(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,16 +34,8 @@ from agentsse.events import (
     Usage,
     encode_event,
 )
-from agentsse.providers import (
-    AssistantMessage,
-    Finish,
-    Prompt,
-    SystemMessage,
-    ToolCall,
-    ToolMessage,
-    UserMessage,
-    codex as under_test,
-)
+from agentsse.messages import AssistantMessage, SystemMessage, ToolCall, ToolMessage, UserMessage
+from agentsse.providers import Finish, Prompt, codex as under_test
 from agentsse.providers.codex import (
     CodexNormalizer,
     CodexProvider,

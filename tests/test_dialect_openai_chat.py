@@ -16,15 +16,16 @@ from msgspec import UNSET, Raw
 from raw import connect, request, wait_until
 
 from agentsse import Agent, AgentError, tool
-from agentsse.dialects import Request, Start
+from agentsse.dialects import MAX_MESSAGES, AgentCard, Request, Start
 from agentsse.dialects.native import NATIVE
+from agentsse.dialects.openai import DONE, REFUSAL
 from agentsse.dialects.openai_chat import (
-    DONE,
     OPENAI_CHAT,
-    REFUSAL,
     ChatEncoder,
     answer,
     decode_completion,
+    decode_model,
+    decode_models,
     refuse,
 )
 from agentsse.errors import BadRequest
@@ -46,6 +47,14 @@ from agentsse.events import (
     RunStarted,
     StepFinished,
     Usage,
+)
+from agentsse.messages import (
+    AssistantMessage,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    ToolSpec,
+    UserMessage,
 )
 from agentsse.providers import Finish
 from agentsse.testing import ScriptedProvider, ask_for, open_server, say
@@ -73,8 +82,11 @@ TEXT = "It is sunny in Köln 😀."
 # Events, and what becomes of them
 
 
-def started():
-    return RunStarted(run_id="r1", ts=NOON, agent="main", input=NULL, on_disconnect="cancel")
+def started(*client_tools):
+    return RunStarted(
+        run_id="r1", ts=NOON, agent="main", input=NULL, on_disconnect="cancel",
+        client_tools=client_tools,
+    )  # fmt: skip
 
 
 def delta(text, kind="text"):
@@ -85,27 +97,45 @@ def ended(reason, usage=None):
     return StepFinished(step_id="s1", kind="model", name="m", finish_reason=reason, usage=usage)
 
 
-def finished(result=b"null", *, outcome="success", error=None, cause=None):
+def finished(result=b"null", *, outcome="success", error=None, cause=None, pending=(), usage=USAGE):
     return RunFinished(
         outcome=outcome,
-        usage=USAGE,
+        usage=usage,
+        pending=pending,
         receipt=Receipt(cause=cause),
         result=UNSET if result is None else Raw(result),
         error=error,
     )
 
 
-def asked(*questions):
+def asked(*questions, request_id="q1"):
     return InputRequested(
-        request_id="q1",
+        request_id=request_id,
         questions=questions or (Question(id="go", kind="text", prompt="Which one?"),),
     )
+
+
+def call(name="look", *arguments, part_id="k1", call_id="c1", text=None):
+    """A model's call of a tool, its arguments in pieces."""
+    return (
+        PartStarted(part_id=part_id, kind="tool_call", name=name, call_id=call_id),
+        *(PartDelta(part_id=part_id, kind="tool_call", delta=piece) for piece in arguments),
+        PartFinished(
+            part_id=part_id, kind="tool_call", name=name, call_id=call_id,
+            text="".join(arguments) if text is None else text,
+        ),
+    )  # fmt: skip
+
+
+def begun(events):
+    """The same events, behind a run's first one if that is not there."""
+    return events if isinstance(events[0], RunStarted) else (started(), *events)
 
 
 def encoded(*events, has_usage=False):
     """The bytes of a run's stream."""
     encoder = OPENAI_CHAT.encoder(has_usage)
-    return b"".join(frame for event in (started(), *events) for frame in encoder.feed(event))
+    return b"".join(frame for event in begun(events) for frame in encoder.feed(event))
 
 
 def read(*events, has_usage=False):
@@ -138,7 +168,7 @@ def answered(*events):
         finished=NOON, thread_id=None, parent_run_id=None, outcome=None, result=NULL, error=None,
         usage=USAGE, receipt=None, events=0, questions=(),
     )  # fmt: skip
-    reply = answer(snapshot, [started(), *events])
+    reply = answer(snapshot, begun(events))
     assert "application/json" == reply.media_type
     return reply.status, json.loads(reply.body)
 
@@ -301,19 +331,149 @@ def test_a_question_is_the_end_of_the_response():
     text = "\n\nWhich one?\n\n- The first\n- b"
     assert ([{"content": "Hm."}, {"content": text}], "stop") == deltas(*events)
     assert WIRE_USAGE == read(*events, has_usage=True)[-2]["usage"]
-    later = (InputReceived(request_id="q1", answers=NULL), delta("more"), finished())
-    status, body = answered(*events, *later)
+    status, body = answered(*events)
     assert (200, "Hm." + text) == (status, body["choices"][0]["message"]["content"])
     assert WIRE_USAGE == body["usage"]
 
 
+def test_several_questions_are_told_apart_by_their_ids():
+    """That is how their answers are, too."""
+    questions = [
+        Question(id=each, kind="text", prompt=f"Which {each}?") for each in ("size", "color")
+    ]
+    text = (
+        "[size] Which size?\n\n[color] Which color?\n\n"
+        "(Answer in lines, such as: [size]: your answer)"
+    )
+    assert ([{"content": text}], "stop") == deltas(asked(*questions))
+
+
+def received(request_id="q1"):
+    return InputReceived(request_id=request_id, answers=NULL)
+
+
+def test_an_answer_to_a_question_goes_on_behind_it():
+    """Streamed or not; and each response has the usage of its own."""
+    more = Usage(input_tokens=130, output_tokens=45, reasoning_tokens=9, cache_read_tokens=100)
+    events = (delta("Hm."), ended("tool_calls", USAGE), asked(), received(), delta("more"),
+              finished(usage=more))  # fmt: skip
+    status, body = answered(*events)
+    assert (200, "more") == (status, body["choices"][0]["message"]["content"])
+    assert "chatcmpl-r1-2" == body["id"]
+    *_, usage, _done = read(*events, has_usage=True)
+    expected = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15,
+                "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": 0}}  # fmt: skip
+    assert (expected, expected) == (body["usage"], usage["usage"])
+
+
+def test_questions_side_by_side_are_answered_one_by_one():
+    """Behind the first one's answer comes the second one, as in the stream."""
+    other = Question(id="go", kind="text", prompt="And the other?")
+    events = (asked(), asked(other, request_id="q2"))
+    first, _ = message_of(*events)
+    second, _ = message_of(*events, received())
+    third, _ = message_of(*events, received(), received("q2"), delta("Good."), finished())
+    said = [message["content"] for message in (first, second, third)]
+    assert ["Which one?", "And the other?", "Good."] == said
+
+
+def test_a_question_that_somebody_else_has_answered_meanwhile_was_asked():
+    """Whoever waited for the response is told of it, rather than of nothing."""
+    assert "Which one?" == message_of(asked(), received())[0]["content"]
+
+
 def test_who_watches_on_behind_a_question_reads_another_response():
-    """It begins with its role, and ends with its own end."""
+    """It begins with its role, ends with its own end, and has an id of its own."""
     first, second = (
         part + DONE for part in encoded(asked(), delta("ok"), finished()).split(DONE)[:-1]
     )
     assert b"Which one?" in first
-    assert second == encoded(delta("ok"), finished())
+    assert second.replace(b"chatcmpl-r1-2", b"chatcmpl-r1") == encoded(delta("ok"), finished())
+
+
+TOOLS = started("look", "find")
+
+
+def test_calls_of_the_clients_tools_are_streamed():
+    """Their names first, then their arguments as they come; what they are for is the client's."""
+    events = (TOOLS, delta("Hm."), *call("look", '{"a":', "1}"),
+              *call("find", "{}", part_id="k2", call_id="c2"), ended("tool_calls"),
+              finished(b'"Hm."', pending=("c1", "c2")))  # fmt: skip
+    said, reason = deltas(*events)
+    first, second = [
+        {"index": index, "id": call_id, "type": "function",
+         "function": {"name": name, "arguments": ""}}
+        for index, call_id, name in [(0, "c1", "look"), (1, "c2", "find")]
+    ]  # fmt: skip
+    pieces = [(0, '{"a":'), (0, "1}"), (1, "{}")]
+    one, two, three = [{"index": i, "function": {"arguments": text}} for i, text in pieces]
+    expected = [{"tool_calls": [each]} for each in (first, one, two, second, three)]
+    assert ([{"content": "Hm."}, *expected], "tool_calls") == (said, reason)
+
+    message, reason = message_of(*events)
+    calls = [("c1", "look", '{"a":1}'), ("c2", "find", "{}")]
+    assert ("Hm.", "tool_calls") == (message["content"], reason)
+    assert calls_of(*calls) == message["tool_calls"]
+
+
+def calls_of(*calls):
+    """Calls as they stand in a message."""
+    return [
+        {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for call_id, name, arguments in calls
+    ]
+
+
+def test_a_message_of_calls_alone_has_no_content():
+    """Null, as the original has it; the run's result is no answer."""
+    message, reason = message_of(TOOLS, *call("look", "{}"), finished(b'""', pending=("c1",)))
+    assert (None, "tool_calls") == (message["content"], reason)
+
+
+@pytest.mark.parametrize("pieces", [(), ("",)])
+@pytest.mark.parametrize(("text", "expected"), [("", "{}"), ('{"a":1}', '{"a":1}')])
+def test_arguments_that_come_all_at_once_are_told_all_the_same(pieces, text, expected):
+    """And none are an empty object: clients parse them."""
+    events = (TOOLS, *call("look", *pieces, text=text), finished(pending=("c1",)))
+    assert calls_of(("c1", "look", expected)) == message_of(*events)[0]["tool_calls"]
+
+
+def test_calls_of_the_agents_own_tools_are_not_shown():
+    """Whether the client has tools as well or not."""
+    events = (TOOLS, *call("mine", "{}"), ended("tool_calls"), delta("a"), finished())
+    assert ([{"content": "a"}], "stop") == deltas(*events)
+    assert "tool_calls" not in message_of(*events)[0]
+
+
+def test_a_call_that_is_cut_off_ends_for_that_reason():
+    """Its arguments may be half of what they should be."""
+    events = (TOOLS, *call("look", '{"a'), ended("length"), finished(pending=("c1",)))
+    assert "length" == deltas(*events)[1]
+
+
+def test_what_is_to_be_called_is_told_again_behind_a_question():
+    """The response that ended with the question was not the one that asked for the calls."""
+    events = (TOOLS, *call("look", "{}"), *call("mine", "{}", part_id="k2", call_id="c2"),
+              ended("tool_calls"), asked(), received(), *call("find", part_id="k3", call_id="c3"),
+              finished(pending=("c1", "c3")))  # fmt: skip
+    message, reason = message_of(*events)
+    assert (calls_of(("c3", "find", "{}"), ("c1", "look", "{}")), "tool_calls") == (
+        message["tool_calls"], reason,
+    )  # fmt: skip
+    second = encoded(*events).split(DONE)[1]
+    assert [0, 0, 1, 1] == [
+        call["index"]
+        for frame in second.split(b"\n\n")[1:-2]
+        for call in delta_of(json.loads(frame.removeprefix(b"data: ")))["tool_calls"]
+    ]
+
+
+def test_a_call_that_a_question_has_cut_in_two_is_told_whole():
+    """In the response that asks for it; a model's own server may ask before it goes on."""
+    begin, *pieces = call("look", '{"a":', "1}")
+    events = (TOOLS, begin, pieces[0], asked(), received(), *pieces[1:], finished(pending=("c1",)))
+    assert calls_of(("c1", "look", '{"a":1}')) == message_of(*events)[0]["tool_calls"]
 
 
 def test_an_answer_is_this_object():
@@ -355,13 +515,6 @@ def test_the_kind_of_an_error_follows_from_its_status(status, kind, answered_wit
     assert (answered_with, {"error": error}) == (reply.status, json.loads(reply.body))
 
 
-def test_a_stream_that_ends_before_its_run_says_so():
-    """The client would take it for complete."""
-    farewell = OPENAI_CHAT.framing.farewell(1000)
-    assert "incomplete" == json.loads(farewell.removeprefix(b"data: "))["error"]["code"]
-    assert farewell.endswith(b"\n\n")
-
-
 def test_a_run_by_itself_is_its_snapshot():
     """No route shows it."""
     assert b"{}" == OPENAI_CHAT.present(msgspec.defstruct("Shown", [])())
@@ -389,11 +542,29 @@ def message(role, content, **more):
 
 def test_a_request_asks_for_a_run():
     """To be waited for, unless it says otherwise."""
-    expected = Start(agent="main", input="Hello", delivery="wait", options=False, reply=answer)
+    expected = Start(
+        agent="main", input="Hello", delivery="wait", history=(), if_busy="supersede",
+        options=False, reply=answer,
+    )  # fmt: skip
     assert expected == decoded()
-    neutral = {"n": 1, "tools": [], "response_format": {"type": "text"}, "modalities": ["text"]}
-    assert expected == decoded(stream=False, stop=None, temperature=0.5, anything=1, **neutral)
+    neutral = {
+        "n": 1, "stop": [], "tools": [], "functions": [], "tool_choice": "auto", "audio": None,
+        "response_format": {"type": "text"}, "modalities": ["text"], "logprobs": False,
+        "top_logprobs": 0, "logit_bias": {}, "max_tokens": None, "max_completion_tokens": 9,
+        "parallel_tool_calls": False, "reasoning_effort": "high", "store": False, "metadata": None,
+        "stream_options": None, "temperature": 0.5, "function_call": "auto", "anything": 1,
+    }  # fmt: skip
+    assert expected == decoded(stream=False, **neutral)
     assert attrs.evolve(expected, delivery="stream") == decoded(stream=True, stream_options=None)
+
+
+@pytest.mark.parametrize(("stream", "delivery"), [(True, "stream"), (False, "wait")])
+def test_what_the_client_accepts_says_nothing(stream, delivery):
+    """Its SDKs accept JSON, and mean a stream."""
+    body = json.dumps({"model": "main", "messages": HELLO, "stream": stream}).encode()
+    headers = {"accept": "application/json" if stream else "text/event-stream"}
+    wish = Request(method="POST", parameters={}, query={}, headers=headers, body=body)
+    assert delivery == decode_completion(wish).delivery
 
 
 @pytest.mark.parametrize("include_usage", [True, False])
@@ -415,24 +586,126 @@ def test_the_systems_messages_at_the_beginning_are_the_instructions():
     assert ("Be brief.\n\nBe kind.", "Hello") == (wish.instructions, wish.input)
 
 
-def test_what_was_said_before_stands_in_front_of_the_input():
-    """Each message with its role; of those that say nothing there is none."""
+def test_what_was_said_before_is_the_history():
+    """Message by message; of those that say nothing there is none."""
     wish = decoded(
         [
             message("system", "Be brief."),
-            message("user", "Who are you?"),
+            message("user", "Who are you?", name="Ada"),
             message("assistant", None),
             message("assistant", None, refusal="I won't say."),
             message("assistant", [{"type": "refusal", "refusal": "No."}]),
+            message("user", ""),
             message("system", "Be kind."),
             *HELLO,
         ]
     )
     expected = (
-        "The conversation so far:\n\nUser: Who are you?\n\nAssistant: I won't say.\n\n"
-        "Assistant: No.\n\nSystem: Be kind.\n\nThe user's message now:\n\nHello"
+        UserMessage("Who are you?"),
+        AssistantMessage("I won't say."),
+        AssistantMessage("No."),
+        SystemMessage("Be kind."),
     )
-    assert ("Be brief.", expected) == (wish.instructions, wish.input)
+    assert ("Be brief.", expected, "Hello") == (wish.instructions, wish.history, wish.input)
+
+
+ASKED = message("assistant", None, tool_calls=calls_of(("c1", "look", "{}"), ("c2", "find", "")))
+CALLED = AssistantMessage("", (ToolCall("c1", "look", "{}"), ToolCall("c2", "find", "")))
+ANSWERS = [
+    message("tool", "süß", tool_call_id="c1"),
+    message("tool", [{"type": "text", "text": '{"a":1}'}], tool_call_id="c2"),
+]
+ANSWERED = (ToolMessage("c1", "look", '"süß"'), ToolMessage("c2", "find", '"{\\"a\\":1}"'))
+
+
+def test_what_tools_have_answered_goes_to_the_agent():
+    """All that stand at the end; the input shows them, and what is before is the history."""
+    wish = decoded([*HELLO, ASKED, *ANSWERS])
+    assert ((UserMessage("Hello"), CALLED), ANSWERED) == (wish.history, wish.said)
+    expected = [
+        {"call_id": "c1", "name": "look", "content": "süß"},
+        {"call_id": "c2", "name": "find", "content": '{"a":1}'},
+    ]
+    assert expected == wish.input
+
+
+def test_what_tools_have_answered_before_is_history():
+    """What the user says behind it is the input."""
+    wish = decoded([*HELLO, ASKED, *ANSWERS, message("user", "Go on.")])
+    assert (UserMessage("Hello"), CALLED, *ANSWERED) == wish.history
+    assert (None, "Go on.") == (wish.said, wish.input)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Look.", "parameters": {"type": "object"},
+                 "strict": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_the_clients_tools_may_be_called(choice):
+    """Without a schema they take nothing."""
+    clock = {"type": "function", "function": {"name": "clock"}}
+    expected = (
+        ToolSpec("weather", "Look.", {"type": "object"}),
+        ToolSpec("clock", "", {"type": "object", "properties": {}}),
+    )
+    assert expected == decoded(tools=[WEATHER, clock], tool_choice=choice).tools
+
+
+def test_none_of_them_is_called_where_the_client_says_so():
+    """The agent's own are its own."""
+    wish = decoded(tools=[WEATHER], tool_choice="none")
+    assert ((), True) == (wish.tools, wish.uses_tools)
+
+
+def test_a_thread_is_named_in_the_metadata():
+    """What the user says then answers a run that waits there; what tools say does not."""
+    wish = decoded(metadata={"thread_id": "t1"})
+    assert ("t1", True, ()) == (wish.thread_id, wish.resumes, wish.history)
+    wish = decoded([*HELLO, ASKED, *ANSWERS], metadata={"thread_id": "t1"})
+    assert ("t1", False) == (wish.thread_id, wish.resumes)
+    wish = decoded(metadata={"thread": "t1"})
+    assert (None, False) == (wish.thread_id, wish.resumes)
+
+
+CARDS = [
+    AgentCard(name=name, description="", model=model, on_disconnect=None, tools=())
+    for name, model in [("main", None), ("other", "scripted:m")]
+]
+
+
+def test_agents_are_models():
+    """As many as there are, at once."""
+    reply = decode_models(Request(method="GET", parameters={}, query={}, headers={})).reply(CARDS)
+    models = [
+        {"id": name, "object": "model", "created": 0, "owned_by": "agentsse"}
+        for name in ("main", "other")
+    ]
+    assert {"object": "list", "data": models} == json.loads(reply.body)
+
+
+@pytest.mark.parametrize("name", ["main", "scripted:m"])
+def test_an_agent_is_a_model(name):
+    """By its name, or by what it runs on."""
+    assert (200, name) == ((reply := shown(name)).status, json.loads(reply.body)["id"])
+
+
+def shown(model):
+    """What is answered to who wants to see a model."""
+    parameters = {"model": model}
+    wish = decode_model(Request(method="GET", parameters=parameters, query={}, headers={}))
+    return wish.reply(CARDS)
+
+
+def test_a_model_that_there_is_not_has_an_error_of_its_own():
+    """The same that a completion with it has."""
+    error = json.loads(shown("nobody").body)["error"]
+    assert (404, "model_not_found", "model") == (
+        shown("nobody").status, error["code"], error["param"],
+    )  # fmt: skip
+    assert "expected one of the agents main, other" in error["message"]
 
 
 def test_parts_of_text_are_lines_of_one_text():
@@ -444,7 +717,11 @@ def test_parts_of_text_are_lines_of_one_text():
 @pytest.mark.parametrize(
     ("wish", "said"),
     [
-        ({"tools": [{"type": "function"}]}, "tools: not available"),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\]: .* of the type 'function'; leave it"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, r"tools\[0\]: .* of the type 'custom'"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "to complete a chat"),
+        ({"tool_choice": "required"}, "tool_choice: not available here: the model chooses"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice: not available"),
         ({"functions": [{}]}, "functions: not available"),
         ({"n": 2}, "n: not available here: a run has one answer"),
         ({"modalities": ["text", "audio"]}, "modalities: not available"),
@@ -456,11 +733,17 @@ def test_parts_of_text_are_lines_of_one_text():
         ({"web_search_options": {}}, "web_search_options: not available"),
         ({"messages": []}, "expected a JSON object to complete a chat"),
         ({"model": ""}, "expected a JSON object to complete a chat"),
+        ({"metadata": {"thread_id": 5}}, "metadata.thread_id: expected a string, got 5"),
+        ({"metadata": {"thread_id": "a/b"}}, "metadata.thread_id: expected 1 to 200 printable"),
         ({"messages": [message("assistant", "a")]}, "expected the last one to be the user's"),
         ({"messages": [message("system", "a")]}, "expected the last one to be the user's"),
-        ({"messages": [message("tool", "a"), *HELLO]}, r"messages\[0\]: .* an agent runs its own"),
-        ({"messages": [message("assistant", None, tool_calls=[{}]), *HELLO]}, "leave the message"),
-        ({"messages": [message("assistant", "", function_call={"name": "x"}), *HELLO]}, "tool's"),
+        ({"messages": [message("tool", "a"), *HELLO]}, r"\[0\].tool_call_id: expected the id of"),
+        ({"messages": [ASKED, message("tool", "a", tool_call_id="c9")]}, "before it, got 'c9'"),
+        ({"messages": [message("assistant", None, tool_calls=[{}]), *HELLO]}, "complete a chat"),
+        ({"messages": [message("assistant", None, tool_calls=[{"id": "c", "type": "custom"}]),
+                       *HELLO]}, r"messages\[0\]\.tool_calls\[0\]: .* of the type 'custom'"),
+        ({"messages": [message("assistant", "", function_call={"name": "x"}), *HELLO]}, "older"),
+        ({"messages": [message("function", "a"), *HELLO]}, "the older form of 'functions'"),
         ({"messages": [message("user", [{"type": "image_url", "image_url": {}}])]},
          r"messages\[0\]\.content\[0\]: expected a part of the type 'text', got 'image_url'"),
     ],
@@ -469,6 +752,16 @@ def test_what_is_not_there_is_refused_in_clear_words(wish, said):
     """Rather than left out of the answer in silence."""
     with pytest.raises(BadRequest, match=said):
         decoded(**wish)
+
+
+def test_a_conversation_has_an_end():
+    """Neither more messages nor more parts of one are read than do no harm to other requests."""
+    said = MAX_MESSAGES * HELLO
+    assert MAX_MESSAGES - 1 == len(decoded(said).history)
+    parts = [{"type": "text", "text": "a"}] * (MAX_MESSAGES + 1)
+    for too_many in (said + HELLO, [message("user", parts)]):
+        with pytest.raises(BadRequest, match=f"to complete a chat .* length <= {MAX_MESSAGES}"):
+            decoded(too_many)
 
 
 # Real sockets, and the official client
@@ -566,7 +859,7 @@ async def test_the_clients_helper_puts_a_completion_together():
 
 
 async def test_the_client_reads_an_answer():
-    """The agent is found by its model as well, hears the instructions, and all in one text."""
+    """The agent is found by its model as well, and hears all that was said."""
     provider, agent = model(thinking(TEXT), instructions="Be nobody.")
     messages = [message("system", "Be brief."), message("user", "A?"), message("assistant", "B."),
                 *HELLO]  # fmt: skip
@@ -575,9 +868,13 @@ async def test_the_client_reads_an_answer():
     (choice,) = completion.choices
     assert (TEXT, "stop") == (choice.message.content, choice.finish_reason)
     assert ("main", 160) == (completion.model, completion.usage.total_tokens)
-    told = str(provider.prompts[0])
-    assert ("Be brief." in told, "Be nobody." in told) == (True, False)
-    assert "User: A?" in told
+    expected = (
+        SystemMessage("Be brief."),
+        UserMessage("A?"),
+        AssistantMessage("B."),
+        UserMessage("Hello"),
+    )
+    assert expected == provider.prompts[0].messages
 
 
 async def test_tools_of_the_agent_are_run_and_not_shown():

@@ -110,7 +110,7 @@ def assert_left(server: Server, run: Run, *, tasks: int) -> None:
 def assert_let_go(server: Server, run: Run) -> None:
     """Nothing of a reader is left: not with the run, not in its log, not in the app."""
     assert run.done.is_set()
-    assert set() == run._holders
+    assert {} == run._holders
     assert {} == run.log._renderings
     assert set() == run.log._waiting
     assert 0 == server.app.streams.open
@@ -438,7 +438,7 @@ async def test_head_starts_and_holds_nothing() -> None:
         assert 405 == refused.status_code
         assert 1 == len(subjects(server))
         assert "running" == run.state
-        assert set() == run._holders
+        assert {} == run._holders
         assert 0 == server.app.streams.open
 
 

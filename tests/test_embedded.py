@@ -18,17 +18,16 @@ from agentsse.events import (
     encode_event,
     encode_json,
 )
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Finish, Prompt
 from agentsse.providers.embedded import (
     MAX_BODY,
     MAX_BROKEN,

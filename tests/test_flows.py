@@ -19,8 +19,9 @@ from agentsse.dialects import Start
 from agentsse.errors import AgentError, ProviderError, ToolError
 from agentsse.events import AgentFinished, AgentStarted, RunFinished, StepFinished, StepStarted
 from agentsse.flows import FlowStep, flow
+from agentsse.messages import UserMessage
 from agentsse.models import ModelLoop
-from agentsse.providers import Finish, UserMessage
+from agentsse.providers import Finish
 from agentsse.runs import open_runs
 from agentsse.testing import ScriptedProvider, ask_for, say
 from agentsse.tools import tool

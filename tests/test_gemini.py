@@ -20,19 +20,16 @@ from agentsse.events import (
     decode_event,
     encode_event,
 )
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    HttpProvider,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
-    encode_raw,
 )
+from agentsse.providers import Finish, HttpProvider, Prompt, encode_raw
 from agentsse.providers.gemini import GeminiApi, GeminiNormalizer
 from agentsse.testing.upstream import Failure, Refusal, Reply, Stop, open_upstream
 

@@ -29,15 +29,15 @@ from agentsse.guide import (
     read_file,
     search_folder,
 )
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Message,
-    Prompt,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Prompt
 from agentsse.providers.offline import OfflineProvider, plan
 from agentsse.tools import Tool, Workers
 

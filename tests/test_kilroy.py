@@ -85,7 +85,7 @@ from agentsse.events import (
 )
 from agentsse.flows import FlowStep, flow
 from agentsse.log import Coalescer, Log, Position, Stamps, Timer
-from agentsse.providers import ToolMessage, UserMessage
+from agentsse.messages import ToolMessage, UserMessage
 from agentsse.runs import Run, open_runs
 from agentsse.server import Server
 from agentsse.sse import Decoder

@@ -59,7 +59,8 @@ from agentsse.events import (
     ToolStarted,
     Usage,
 )
-from agentsse.providers import AssistantMessage, Finish, SystemMessage, UserMessage
+from agentsse.messages import AssistantMessage, SystemMessage, UserMessage
+from agentsse.providers import Finish
 from agentsse.testing import ScriptedProvider, ask_for, open_server, say
 from agentsse.tools import tool
 

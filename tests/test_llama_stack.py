@@ -56,17 +56,16 @@ from agentsse.events import (
     encode_event,
 )
 from agentsse.http import open_http
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Finish, Prompt
 from agentsse.providers.llama_stack import Asked, LlamaStackNormalizer, LlamaStackProvider
 from agentsse.runs import open_runs
 from agentsse.server import make_provider

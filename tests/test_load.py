@@ -260,7 +260,7 @@ async def _do_anything(seed: int, *, clients: int, times: int) -> None:
             assert 0 == server.runs._running.total()
             assert not [t for t in server.runs.threads.values() if t.active or t.holders]
             for run in server.runs:
-                assert set() == run._holders
+                assert {} == run._holders
                 assert {} == run.log._renderings
                 assert 1 == sum(isinstance(event, RunFinished) for event in run.log.events)
 
@@ -307,5 +307,5 @@ async def test_ten_thousand_cycles_leave_nothing() -> None:
             assert crowd.started == server.runs._finished.total()
             assert len(server.runs.timer._heap) < 1_000
             for run in server.runs:
-                assert set() == run._holders
+                assert {} == run._holders
                 assert {} == run.log._renderings

@@ -945,6 +945,25 @@ def test_who_reads_on_sees_all_of_it():
     assert Counter(range(1, 6)) == encoder.fed
 
 
+def test_who_reads_on_past_some_events_ends_at_the_next():
+    """What others ended at before is behind this reader, also while that is not encoded yet."""
+    log = Log("r1")
+    speak(log, ".|.|.|.")
+    readers = [attach_to_stop(log, Position(place), past=past) for place, past in
+               ((0, 0), (0, 3), (2, 3), (5, 3), (0, 7))]  # fmt: skip
+
+    assert [b"1\n2\n", b"1\n2\n3\n4\n", b"3\n4\n", b"6\n", b"1\n2\n3\n4\n5\n6\n7\n"] == [
+        drain(reader) for reader in readers
+    ]
+    assert [True] * 4 + [False] == [reader.is_finished for reader in readers]
+
+    long = Log("r2")
+    speak(long, "|" + "." * 2 * STRIDE + "|.")
+    reader = attach_to_stop(long, START, past=2 * STRIDE)
+    assert b"".join(b"%d\n" % n for n in range(1, 2 * STRIDE + 3)) == drain(reader)
+    assert reader.is_finished
+
+
 def test_who_reads_on_from_far_down_a_long_log_is_not_finished_before():
     """Its place is not encoded yet, and what others end at is."""
     log = Log("r1")

@@ -10,17 +10,15 @@ import trio.testing
 
 from agentsse.errors import ProviderError
 from agentsse.events import AnyEvent, PartDelta, PartFinished, PartStarted, Usage
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
-    Finish,
     Message,
-    Prompt,
-    Provider,
     SystemMessage,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Finish, Prompt, Provider
 from agentsse.providers.offline import (
     PASSAGE_LINES,
     QUESTION_CHARACTERS,

@@ -24,19 +24,16 @@ from agentsse.events import (
     encode_event,
     encode_json,
 )
-from agentsse.providers import (
-    Api,
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    HttpProvider,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Api, Finish, HttpProvider, Prompt
 from agentsse.providers.openai_chat import OpenAIChatApi, OpenAIChatNormalizer
 
 DONE = b"data: [DONE]\n\n"

@@ -21,18 +21,16 @@ from agentsse.events import (
     encode_event,
     encode_json,
 )
-from agentsse.providers import (
-    Api,
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    Finish,
-    Prompt,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
 )
+from agentsse.providers import Api, Finish, Prompt
 from agentsse.providers.openai_responses import OpenAIResponsesApi
 
 RS = "response."

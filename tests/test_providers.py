@@ -31,18 +31,16 @@ from agentsse.events import (
     Usage,
 )
 from agentsse.http import open_http
+from agentsse.messages import Echo, ToolCall, UserMessage
 from agentsse.providers import (
     MAX_ERROR_BODY,
     MAX_FRAME,
     Accumulator,
-    Echo,
     Finish,
     HttpProvider,
     HttpRequest,
     Prompt,
     SseNormalizer,
-    ToolCall,
-    UserMessage,
     decode_foreign,
     encode_raw,
     number,

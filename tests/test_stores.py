@@ -135,3 +135,12 @@ def test_the_store_does_what_its_contract_says(steps):
         assert len(ids) == len(real)
         assert ids == [real.find(run_id) for run_id in ids]
         assert (model.kept[0][2] + MAX_AGE if model.kept else None) == real.next_expiry()
+
+
+def test_what_is_dropped_is_gone():
+    """It is given back once, and its bytes count no more."""
+    full = store()
+    fill(full, "abc", size=5)
+
+    assert ("B", None, None) == (full.drop("b"), full.drop("b"), full.find("b"))
+    assert (["C", "A"], 10) == (list(full), full.size)

@@ -932,6 +932,31 @@ async def test_so_many_threads_are_open_and_no_more(autojump_clock):
         assert "new" == open_(threads, "new").id
 
 
+async def test_a_thread_that_need_not_last_makes_room_for_a_new_one(autojump_clock):
+    """The oldest in which nothing goes on, that nobody reads, and that has no triggers."""
+    async with opened(forever, echo) as threads:
+        names = ("triggered", "running", "read", "over", "idle")
+        for name in names:
+            open_(threads, name, lasts=False)
+        threads.set_trigger(
+            SetTrigger(thread_id="triggered", trigger_id="k", every=1e6, text="tick")
+        )
+        start(threads, "forever", thread_id="running")
+        await start(threads, "echo", thread_id="over").done.wait()
+        threads.find("read").holders.add(reader := object())
+        for number in range(MAX_OPEN - len(names)):
+            open_(threads, f"t{number}")
+        open_(threads, "one more")
+        assert not threads.snapshot(threads.find("over")).is_open  # its run is kept, and so is it
+        open_(threads, "and one more")
+        with pytest.raises(NotFound):
+            threads.find("idle")
+        with pytest.raises(Overloaded, match=f"at most {MAX_OPEN} open threads"):
+            open_(threads, "one too many")
+        threads.find("read").holders.discard(reader)
+        open_(threads, "the last one")
+
+
 async def test_a_server_that_stops_opens_nothing(autojump_clock):
     """It says so, and when to come back."""
     async with opened(echo) as threads:

@@ -10,7 +10,7 @@ thread, or the whole server, is read from a feed, which forgets: `FeedEncoder`.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import attrs
 import msgspec
@@ -23,6 +23,7 @@ from agentsse.events import (
     RunSnapshot,
     ThreadSnapshot,
 )
+from agentsse.messages import Message, ToolSpec
 
 SSE = "text/event-stream; charset=utf-8"
 JSON = "application/json"
@@ -38,6 +39,7 @@ class Request:
         method: In capitals.
         parameters: What stands in the path's `<name>` places.
         query: The query string's fields; of a repeated one, the first.
+        pairs: The same with repeated ones, each name's together.
         headers: By lower-case name.
         body: As it came, within the limit.
     """
@@ -47,6 +49,7 @@ class Request:
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes = b""
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @attrs.frozen
@@ -59,11 +62,38 @@ class Reply:
     headers: Mapping[str, str] = attrs.field(factory=dict)
 
 
-RunReply: TypeAlias = Callable[[RunSnapshot, Sequence[AnyEvent]], Reply]
+@attrs.frozen
+class ReplyWithHistory:
+    """Makes the answer out of a run as it stands, its events, and what was said before. Pure."""
+
+    make: Callable[[RunSnapshot, Sequence[AnyEvent], Sequence[Message]], Reply]
+
+
+RunReply: TypeAlias = Callable[[RunSnapshot, Sequence[AnyEvent]], Reply] | ReplyWithHistory
 """Makes the answer out of a run as it stands and all its events. Pure."""
 
 ThreadReply: TypeAlias = Callable[[ThreadSnapshot, Sequence[AnyEvent]], Reply]
 """Makes the answer out of a thread as it stands and what its feed still holds. Pure."""
+
+ConversationReply: TypeAlias = Callable[
+    [ThreadSnapshot, RunSnapshot | None, Sequence[AnyEvent], Sequence[Message]], Reply
+]
+"""Makes the answer out of a thread as it stands, its current run with all its events, and what was
+said in the thread before that run. Pure."""
+
+Place: TypeAlias = tuple[int, int]
+"""An event of a run, and a frame of it; `(0, 0)` is before all of them, `(7, 0)` behind the 7th."""
+
+
+@attrs.frozen(kw_only=True)
+class AgentCard:
+    """What clients may know of an agent."""
+
+    name: str
+    description: str
+    model: str | None
+    on_disconnect: str | None
+    tools: tuple[ToolSpec, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -74,16 +104,18 @@ class Framing:
         prelude: First bytes of the stream, sent at once.
         heartbeat: Bytes that mean nothing, for a line that is silent; None where it has none.
         farewell: Frames before the end of a stream whose run goes on, given the milliseconds after
-            which the client should come back.
+            which the client should come back; None where clients do not, and a stream has to last.
         ends_at: Events behind which a response ends although the run goes on: the next request
             opens another one.
+        headers: What its responses have beside those of every stream.
     """
 
     media_type: str = SSE
     prelude: bytes = b""
     heartbeat: bytes | None = None
-    farewell: Callable[[int], bytes] = lambda _milliseconds: b""
+    farewell: Callable[[int], bytes] | None = None
     ends_at: frozenset[type[AnyEvent]] = frozenset()
+    headers: Mapping[str, str] = attrs.field(factory=dict)
 
 
 # What can be asked for ----------------------------------------------------------------------------
@@ -101,15 +133,28 @@ class Start:
         delivery: How the answer comes.
         on_disconnect: The policy that the client asked for; None for the default.
         run_id: Where the client names the run; it must be new.
+        rejoins: Otherwise the response is the stream of the run of that id, from its beginning.
         shown: Begin with a `message_received` that shows this.
         must_exist: Refuse a thread that nobody has used yet.
         makes_thread: Without a `thread_id`, begin a thread: its id is the run's.
+        continues: The run that the client has last heard of in the conversation: the thread is
+            that run's, and the history is what that run was told and what was said in it. Where it
+            still waits for a person, the input is the answer.
         resumes: Where the thread's run waits for a person, the input is the answer, and the
             response goes on with that run.
+        answers: What the thread's run asks is answered by this, by request id, or under `""` where
+            one thing is asked, and the response goes on with that run; None declines. It is a
+            conflict where nothing is asked.
+        history: What was said before, as the client tells it; None for what the thread knows.
+        said: What a model agent is told now, such as tools' answers; None for the input.
+        tools: The client's own: a model agent may call them as well, and the run is over where it
+            does, for the client to go on with what they answer.
         instructions: What a model agent is told first, instead of its own.
         uses_tools: Otherwise a model agent has none in this run.
         coalesce: Seconds; None for the server's.
         timeout: Seconds the run may take; None for the agent's or the server's.
+        if_busy: Where the thread has a run that goes on. `supersede` cancels what nobody watches
+            and waits for it to be gone; what somebody watches, or is to `continue`, is a conflict.
         fingerprint: Of the body: the same idempotency key must come with the same one.
         options: What the dialect's encoder is made with.
         framing: Of this stream; None for the dialect's.
@@ -126,13 +171,19 @@ class Start:
     shown: str | None = None
     must_exist: bool = False
     makes_thread: bool = False
+    rejoins: bool = False
+    continues: str | None = None
     resumes: bool = False
+    answers: Mapping[str, Any] | None = None
+    history: tuple[Message, ...] | None = None
+    said: tuple[Message, ...] | None = None
+    tools: tuple[ToolSpec, ...] = ()
     instructions: str | None = None
     uses_tools: bool = True
     coalesce: float | None = None
     timeout: float | None = None
     metadata: Any = None
-    if_busy: Literal["reject", "enqueue"] = "reject"
+    if_busy: Literal["reject", "enqueue", "supersede"] = "reject"
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     options: Hashable = None
@@ -145,13 +196,24 @@ class Watch:
     """Stream a run's events from a place on.
 
     Attributes:
-        after: Event and frame behind which to begin, as `parse_position` gives them.
+        run_id: None for the last run of the thread that goes on or waits for its turn, else the
+            last one that is over, if nobody has read it to its end and it was not left; where there
+            is none, the answer is 204.
+        thread_id: Beside a `run_id` it is a thread that the run must be of.
+        after: Behind which place to begin, or how to find it in the events so far. Pure.
+        goes_on: Past questions that have been answered; otherwise a stream in a framing that ends
+            at questions ends at the first one behind the place.
+        on_disconnect: What it means if this client is the last to leave; None for what the run
+            says.
         dialect: In whose frames; None for the one that was asked.
         headers_only: HEAD: answer like the stream, and end.
     """
 
-    run_id: str
-    after: tuple[int, int] = (0, 0)
+    run_id: str | None
+    thread_id: str | None = None
+    after: Place | Callable[[Sequence[AnyEvent]], Place] = (0, 0)
+    goes_on: bool = False
+    on_disconnect: str | None = None
     dialect: str | None = None
     options: Hashable = None
     framing: Framing | None = None
@@ -181,9 +243,12 @@ class Cancel:
     """Cancel a run, or whatever goes on in a thread, and wait until it is gone.
 
     Attributes:
+        run_id, thread_id: Of both given, the run must be of the thread.
         waits: Otherwise the answer comes at once.
+        forgets: Keep nothing of the run once it is gone.
         reply: Makes the answer; `reply_if_over` where the run was over already.
         reply_if_idle: The answer where nothing goes on in the thread; otherwise that is a conflict.
+        must_exist: Otherwise a thread that nobody has used is one where nothing goes on.
     """
 
     run_id: str | None = None
@@ -191,9 +256,11 @@ class Cancel:
     reason: str | None = None
     mode: Literal["now", "after_step"] = "now"
     waits: bool = True
+    forgets: bool = False
     reply: RunReply | None = None
     reply_if_over: RunReply | None = None
     reply_if_idle: Reply | None = None
+    must_exist: bool = True
 
 
 @attrs.frozen(kw_only=True)
@@ -249,16 +316,31 @@ class Pause:
 
 @attrs.frozen(kw_only=True)
 class Show:
-    """Show a run as it stands."""
+    """Show a run as it stands.
+
+    Attributes:
+        thread_id: A thread that the run must be of.
+        waits: Until it is over, or waits for a person; meanwhile the client holds it like a stream.
+        on_disconnect: What it means if this client is the last to leave; None for what the run
+            says.
+    """
 
     run_id: str
+    thread_id: str | None = None
+    waits: bool = False
+    on_disconnect: str | None = None
     reply: RunReply | None = None
 
 
 @attrs.frozen(kw_only=True)
 class ListRuns:
-    """List the runs that are going on or retained, the newest first."""
+    """List the runs that are going on or retained, the newest first.
 
+    Attributes:
+        thread_id: Only those of this thread, which must be there.
+    """
+
+    thread_id: str | None = None
     state: str | None = None
     limit: int = 100
     reply: Callable[[Sequence[RunSnapshot]], Reply] | None = None
@@ -268,6 +350,8 @@ class ListRuns:
 class ListAgents:
     """List what can be run."""
 
+    reply: Callable[[Sequence[AgentCard]], Reply] | None = None
+
 
 @attrs.frozen(kw_only=True)
 class OpenThread:
@@ -276,21 +360,24 @@ class OpenThread:
     Attributes:
         agent: Who runs when the thread is told something; None for the default.
         is_shared: A thread of that id may be there already; otherwise that is a conflict.
+        lasts: Otherwise it makes room for new ones when it is the oldest in which nothing goes on.
     """
 
     thread_id: str | None = None
     agent: str | None = None
     metadata: Any = None
     is_shared: bool = False
+    lasts: bool = True
     reply: ThreadReply | None = None
 
 
 @attrs.frozen(kw_only=True)
 class ShowThread:
-    """Show a thread as it stands."""
+    """Show a thread as it stands, by either kind of reply."""
 
     thread_id: str
     reply: ThreadReply | None = None
+    conversation_reply: ConversationReply | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -365,6 +452,14 @@ class Encoder(Protocol):
         """Turn one event into its frames, in order; none is an answer too."""
 
 
+@runtime_checkable
+class RecallingEncoder(Encoder, Protocol):
+    """One whose frames also show what was said before the run."""
+
+    def recall(self, said: Sequence[Message], /) -> None:
+        """Take that, before the first event."""
+
+
 class FeedEncoder(Protocol):
     """The same for a feed, whose events come from many runs and carry ids of the feed's own."""
 
@@ -413,6 +508,27 @@ def problem_reply(problem: Problem) -> Reply:
     return Reply(problem_json(problem), status, "application/problem+json")
 
 
+Shape: TypeAlias = Any
+"""A JSON body by its type (unions and `Annotated` too), or any other, a str, by its media type."""
+
+
+@attrs.frozen(kw_only=True)
+class Doc:
+    """What `/openapi.json` says of a route.
+
+    Attributes:
+        summary: One line.
+        body: What is read, by its type; None where nothing is.
+        query: The fields of the query string: what each is, in words, or by a type that says so.
+        answers: Of each status but those of errors, the bodies there are; none for an empty one.
+    """
+
+    summary: str
+    body: Shape = None
+    query: Mapping[str, Any] = attrs.field(factory=dict)
+    answers: Mapping[int, tuple[Shape, ...]] = attrs.field(factory=lambda: {200: (dict,)})
+
+
 @attrs.frozen
 class Route:
     """A path, and what a request to it asks for.
@@ -421,12 +537,14 @@ class Route:
         path: Below the dialect's mount; `<name>` stands for one segment.
         decode: Pure; raises `AgentsseError` where the request makes no sense.
         is_rooted: The path is not below the mount but where it says.
+        doc: None where nobody is told of it.
     """
 
     method: str
     path: str
     decode: Callable[[Request], Intent]
     is_rooted: bool = attrs.field(default=False, kw_only=True)
+    doc: Doc | None = attrs.field(default=None, kw_only=True)
 
 
 @attrs.frozen(kw_only=True)
@@ -441,8 +559,10 @@ class Dialect:
         feed: How it shows feeds; None where it has none.
         on_disconnect: What leaving a stream means unless the run says otherwise.
         agent: Who runs where a request names nobody; None for the server's first one.
-        location: Where a started run is streamed, `{run_id}` in it; below the mount.
+        locate: Headers that tell where a run is, given the mount without a slash at its end, the
+            run's id, its thread's, and the options.
         problem: An error as a response.
+        max_body: Bytes that may be posted, where that is more than the server's limit.
         forms: Older or newer forms of it that the config may choose instead, by name.
     """
 
@@ -455,8 +575,9 @@ class Dialect:
     feed: FeedForm | None = None
     on_disconnect: str = "cancel"
     agent: str | None = None
-    location: str | None = None
+    locate: Callable[[str, str, str | None, Hashable], Mapping[str, str]] = lambda *_: {}
     problem: Callable[[Problem], Reply] = problem_reply
+    max_body: int | None = None
     forms: Mapping[str, "Dialect"] = attrs.field(factory=dict)
 
 
@@ -475,6 +596,7 @@ def read_body(request: Request, shape: type[Body], *, what: str) -> Body:
         BadRequest: It is something else.
     """
     fields = ", ".join(shape.__struct_encode_fields__)
+    _see_structure(request.body)
     try:
         return msgspec.json.decode(request.body or b"{}", type=shape)
     except msgspec.ValidationError as error:
@@ -485,7 +607,32 @@ def read_body(request: Request, shape: type[Body], *, what: str) -> Body:
         ) from error
 
 
+MAX_PLAIN = 1024 * 1024  # bytes of a request that may hold anything
+MAX_HISTORY = 32 * 1024 * 1024  # bytes of a request that brings a whole conversation
+MAX_MESSAGES = 10_000  # in one; as many as fit, 300,000 tiny ones, would stop everybody for seconds
+MAX_STRUCTURE = 500_000  # brackets, or keys, in JSON; more of them stop the loop for seconds
 MAX_NAME = 200  # characters of an id that a client gives
+
+
+def _see_structure(body: bytes) -> None:
+    """See that a large body is large for what is said in it; raises `BadRequest`.
+
+    Text is free: what takes time is a value of its own. It is counted in the bytes, within
+    milliseconds, so that text that looks like JSON counts as well.
+    """
+    if len(body) <= MAX_PLAIN:
+        return
+    brackets, keys, commas = (
+        body.count(b"[") + body.count(b"{"),
+        body.count(b'":'),
+        body.count(b","),
+    )
+    if brackets > MAX_STRUCTURE or keys > MAX_STRUCTURE or commas > 4 * MAX_STRUCTURE:
+        raise BadRequest(
+            f"expected at most {MAX_STRUCTURE} arrays and objects, as many fields, and four times "
+            f"as many values, in a body of more than {MAX_PLAIN} bytes; got {brackets}, {keys} "
+            f"and {commas}"
+        )
 
 
 def see_name(name: str, what: str) -> None:

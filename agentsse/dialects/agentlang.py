@@ -30,11 +30,11 @@ Without a `chatId` it is answered in another of the server's protocols.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Literal, assert_never
+from typing import Annotated, Any, Final, Literal, assert_never
 
 import attrs
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
 from agentsse.errors import BadRequest, NotAcceptable
 from agentsse.events import (
@@ -80,7 +80,7 @@ from agentsse.events import (
 )
 from agentsse.sse import comment
 
-from . import Dialect, Framing, Intent, Reply, Request, Route, Start, negotiate
+from . import MAX_NAME, Dialect, Doc, Framing, Intent, Reply, Request, Route, Start, negotiate
 
 TEXT: Final = "text/plain; charset=utf-8"
 SPOKEN: Final = frozenset({"text", "refusal"})  # kinds of parts that are the answer to a person
@@ -390,11 +390,21 @@ def _identity(error: Problem) -> tuple[str, str]:
 # Requests -----------------------------------------------------------------------------------------
 
 
-class _Message(msgspec.Struct, rename="camel"):
-    """What an agent is told; any other object is the input of an event as it stands."""
+_NAME: Final = {"maxLength": MAX_NAME, "pattern": "^[^/]*$"}
 
-    message: Any
-    chat_id: str | None = None
+
+class _Message(msgspec.Struct, rename="camel"):
+    """What an agent is told. Any other object is the input of an event as it stands.
+
+    Attributes:
+        message: The input.
+        chat_id: The conversation; one that waits for a person takes the message as the answer. At
+            most 200 printable characters, none of them a slash.
+        mode: It stands in the run's metadata.
+    """
+
+    message: Any = None
+    chat_id: Annotated[str, Meta(extra_json_schema=_NAME)] | None = None
     mode: Literal["chat", "planner"] | None = None
 
 
@@ -450,7 +460,18 @@ def _present(snapshot: RunSnapshot) -> bytes:
 AGENTLANG = Dialect(
     name="agentlang",
     mount="/agentlang",
-    routes=(Route("POST", "/<module>/<event>", decode_start),),
+    routes=(
+        Route(
+            "POST",
+            "/<module>/<event>",
+            decode_start,
+            doc=Doc(
+                summary="Run an agent: its result, or a stream that ends with it",
+                body=Annotated[_Message, Meta(examples=[{"message": "Hello"}])],
+                answers={200: ("text/event-stream", Any)},
+            ),
+        ),
+    ),
     encoder=_encoder,
     present=_present,
     framing=Framing(

@@ -26,11 +26,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple, assert_never
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias, assert_never
 
 import attrs
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
 from agentsse.errors import BadRequest, NotFound
 from agentsse.events import (
@@ -67,6 +67,7 @@ from agentsse.events import (
     StepFinished,
     StepStarted,
     ThreadSnapshot,
+    ThreadState,
     ToolFinished,
     ToolOutputDelta,
     ToolStarted,
@@ -77,9 +78,11 @@ from agentsse.events import (
 from agentsse.sse import FieldError, frame_id, parse_position, retry
 
 from . import (
+    SSE,
     Cancel,
     CloseThread,
     Dialect,
+    Doc,
     FeedForm,
     Framing,
     Intent,
@@ -950,40 +953,109 @@ def replay(events: Sequence[AnyEvent], _options: Hashable) -> list[int]:
 # Requests -----------------------------------------------------------------------------------------
 
 
+_Some: TypeAlias = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+_Words: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": r"\S"})]
+_Empty: TypeAlias = Annotated[str, Meta(extra_json_schema={"maxLength": 0})]
+_NoImages: TypeAlias = Annotated[list[Any], Meta(extra_json_schema={"maxItems": 0})]
+_Id: TypeAlias = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "minLength": 1,
+            "maxLength": MAX_NAME,
+            "pattern": r"^(?!\.$)(?!.*\.\.)[^/\\]+$",
+        }
+    ),
+]
+
+
 class _OpenBody(msgspec.Struct):
-    session_id: str | None = None
+    """What a session is to be.
+
+    Attributes:
+        session_id: A new one; without it the server makes one up. 1 to 200 printable characters
+            without a slash, a backslash or two dots in a row.
+        agent_id: Who is the queen.
+        agent_path: The same, by the last part of a path.
+        model: The same, by the `PROVIDER:MODEL` that it runs on.
+        initial_prompt: Empty: what is said first is sent to the chat.
+    """
+
+    session_id: _Id | None = None
     agent_id: str | None = None
     agent_path: str | None = None
     model: str | None = None
-    initial_prompt: str | None = None
+    initial_prompt: _Empty | None = None
 
 
 class _ChatBody(msgspec.Struct):
-    message: str = ""
+    """What is said to the queen.
+
+    Attributes:
+        message: Some text.
+        display_message: What is shown of it, if it is something else.
+        images: None: agents here read text.
+    """
+
+    message: _Words = ""
     display_message: str | None = None
-    images: list[Any] | None = None
+    images: _NoImages | None = None
+
+
+class _ContextBody(msgspec.Struct):
+    """What the queen is to know.
+
+    Attributes:
+        message: Some text.
+    """
+
+    message: _Words = ""
 
 
 class _InjectBody(msgspec.Struct):
-    node_id: str = ""
-    content: str = ""
+    """What is said, and to whom.
+
+    Attributes:
+        node_id: `worker:ID`, or anything else for the queen.
+    """
+
+    node_id: Annotated[_Some, Meta(examples=["queen"])] = ""
+    content: _Some = ""
 
 
 class _TriggerBody(msgspec.Struct):
+    """What is to be executed.
+
+    Attributes:
+        entry_point_id: The name of an agent; `default` is the session's.
+        input_data: What it is given.
+        session_state: It stands in the execution's metadata.
+    """
+
     entry_point_id: str = "default"
     input_data: dict[str, Any] = msgspec.field(default_factory=dict)
     session_state: Any = None
 
 
 class _StopBody(msgspec.Struct):
-    execution_id: str = ""
+    """What is to be stopped."""
+
+    execution_id: _Some = ""
 
 
 class _PauseBody(msgspec.Struct):
+    """Why the queen is to rest."""
+
     reason: str | None = None
 
 
 class _ResumeBody(msgspec.Struct):
+    """What is to go on.
+
+    Attributes:
+        checkpoint_id: There are none here: whatever is asked for is not found.
+    """
+
     session_id: str | None = None
     checkpoint_id: str | None = None
 
@@ -1093,7 +1165,7 @@ def decode_inject(request: Request) -> Intent:
 
 def decode_context(request: Request) -> Intent:
     """`POST /sessions/{sid}/queen-context`: heard when the queen would have ended."""
-    body = read_body(request, _ChatBody, what="tell the queen")
+    body = read_body(request, _ContextBody, what="tell the queen")
     if not body.message.strip():
         raise BadRequest("message is required: expected some text, got none")
     return Tell(
@@ -1313,6 +1385,197 @@ def _no_checkpoint(checkpoint_id: str) -> NotFound:
 # Answers ------------------------------------------------------------------------------------------
 
 
+class _Question(msgspec.Struct):
+    """What the queen asks."""
+
+    id: str
+    prompt: str
+    options: list[str] | UnsetType = UNSET
+
+
+class _ToolCall(msgspec.Struct):
+    """A tool call that is under way."""
+
+    id: str
+    name: str
+    started_at: str
+    execution_id: str
+    seq: int | None
+
+
+class _Snapshot(msgspec.Struct):
+    """Where everything stands."""
+
+    snapshot_seq: int
+    activity: Literal["executing", "awaiting_user", "interrupted"] | None
+    is_executing: bool
+    awaiting_input: bool
+    interrupted: bool
+    interrupt_cause: str | None
+    current_execution_id: str | None
+    current_tool_calls: list[_ToolCall]
+    queen_busy_reason: Literal["tool", "llm", "awaiting_input", "interrupted"] | None
+    park_reason: str | None
+    pending_questions: list[_Question] | None
+    last_event_seq: int | None
+    last_event_at: str | None
+    last_queen_event_at: str | None
+
+
+class _EntryPoint(msgspec.Struct):
+    """What starts an execution: a person, or a timer."""
+
+    id: str
+    name: str
+    entry_node: str
+    trigger_type: str
+    trigger_config: dict[str, Any]
+    trigger_id: str | UnsetType = UNSET
+    fire_count: int | UnsetType = UNSET
+
+
+class _Session(msgspec.Struct):
+    """A session as it stands; what hive keeps in folders is empty.
+
+    Attributes:
+        loaded_at: Seconds since 1970.
+    """
+
+    session_id: str
+    agent_id: str
+    agent_path: str
+    worker_id: str | None
+    worker_name: str | None
+    has_worker: bool
+    colony_id: str | None
+    queen_id: str
+    queen_name: str
+    queen_phase: str
+    description: str
+    goal: str
+    node_count: int
+    intro_message: str
+    loaded_at: float
+    state: ThreadState
+    execution_ids: list[str]
+    entry_points: list[_EntryPoint]
+    is_executing: bool
+    awaiting_input: bool
+    interrupted: bool
+    queen_busy_reason: str | None
+
+
+class _Sessions(msgspec.Struct):
+    """Sessions, the newest first."""
+
+    sessions: list[_Session]
+
+
+class _Closed(msgspec.Struct):
+    """A session that is gone."""
+
+    session_id: str
+    stopped: bool
+
+
+class _History(msgspec.Struct):
+    """A page of what has happened, the oldest first.
+
+    Attributes:
+        total: How many events there are of what was asked for.
+        before_index: For the page before this one; null where there is none.
+    """
+
+    events: list[dict[str, Any]]
+    session_id: str
+    total: int
+    returned: int
+    truncated: bool
+    limit: int
+    before_index: int | None
+
+
+class _Stats(msgspec.Struct):
+    """Counts of a session."""
+
+    session_id: str
+    state: ThreadState
+    executions: int
+    workers: int
+    active_workers: int
+    triggers: int
+    total_events: int
+    events_by_type: dict[str, int]
+
+
+class _Goal(msgspec.Struct):
+    """The last `goal_progress` that an agent has emitted."""
+
+    progress: Any
+    criteria_status: Any
+
+
+class _Worker(msgspec.Struct):
+    """A child run."""
+
+    worker_id: str
+    stream_id: str
+    agent_id: str
+    status: Literal["pending", "running", "completed", "failed", "stopped"]
+    started_at: str | None
+    finished_at: str | None
+    result: Any
+    error: str | None
+    tokens_used: int
+
+
+class _Workers(msgspec.Struct):
+    """Child runs, the oldest first."""
+
+    workers: list[_Worker]
+
+
+class _Told(msgspec.Struct):
+    """What was said has come to somebody."""
+
+    status: Literal["queen", "queued"]
+    delivered: bool
+
+
+class _Injected(msgspec.Struct):
+    """What was said has come to somebody."""
+
+    delivered: bool
+
+
+class _Triggered(msgspec.Struct):
+    """An execution that has begun, or waits for its turn."""
+
+    execution_id: str
+
+
+class _Stopped(msgspec.Struct):
+    """An execution that was stopped, or rests."""
+
+    stopped: bool
+    execution_id: str
+
+
+class _Cancelled(msgspec.Struct):
+    """Whether something was cancelled, and what."""
+
+    cancelled: bool
+    execution_id: str | UnsetType = UNSET
+
+
+class _Resumed(msgspec.Struct):
+    """An execution that goes on."""
+
+    execution_id: str
+    resumed_from: str
+    checkpoint_id: None
+
+
 def _reply(data: object, status: int = 200) -> Reply:
     return Reply(_json(data), status)
 
@@ -1455,32 +1718,188 @@ def hive_problem(problem: Problem) -> Reply:
 
 _SESSION = "/sessions/<session_id>"
 
+
+def _said_in_query(default: str) -> dict[str, Any]:
+    names = list[Annotated[str, Meta(extra_json_schema={"enum": sorted(TYPES)})]]
+    about = f"Only events of these types; unless said, {default}."
+    return {"types": Annotated[names, Meta(description=about)]}
+
+
+_WATCH: Any = Annotated[
+    list[Annotated[str, Meta(pattern=r"^([*]|worker:[^,\s]+)$")]],
+    Meta(description="Workers of whom all is heard, such as `worker:ID`; `*` for every one."),
+]
+_HEARD: Final = {**_said_in_query("those that hive's page listens to"), "watch": _WATCH}
+_HISTORY: Final[Mapping[str, Any]] = {
+    **_said_in_query("all"),
+    "watch": _WATCH,
+    "limit": Annotated[
+        int, Meta(ge=1, le=MAX_PAGE, description=f"How many at most, {PAGE} unless said.")
+    ],
+    "before_index": Annotated[
+        int,
+        Meta(
+            ge=0,
+            lt=10**15,
+            description="Only what came before this `seq`, as the last page said it.",
+        ),
+    ],
+}
+_WORKER: Final = Doc(
+    summary="Stream a worker's events, or those of any run", query=_HEARD, answers={200: (SSE,)}
+)
+
 HIVE = Dialect(
     name="hive",
     mount="/api",
     routes=(
-        Route("POST", "/sessions", decode_open),
-        Route("GET", "/sessions", decode_list),
-        Route("GET", _SESSION, decode_show),
-        Route("DELETE", _SESSION, decode_close),
-        Route("GET", f"{_SESSION}/events", decode_events),
-        Route("GET", f"{_SESSION}/events/history", decode_history),
-        Route("GET", f"{_SESSION}/snapshot", decode_snapshot),
-        Route("GET", f"{_SESSION}/stats", decode_stats),
-        Route("GET", f"{_SESSION}/goal-progress", decode_goal),
-        Route("GET", f"{_SESSION}/workers", decode_workers),
-        Route("GET", f"{_SESSION}/workers/<worker_id>/events", decode_worker_events),
-        Route("GET", "/workers/<worker_id>/events", decode_worker_events),
-        Route("GET", "/events/global", decode_global),
-        Route("POST", f"{_SESSION}/chat", decode_chat),
-        Route("POST", f"{_SESSION}/inject", decode_inject),
-        Route("POST", f"{_SESSION}/queen-context", decode_context),
-        Route("POST", f"{_SESSION}/trigger", decode_trigger),
-        Route("POST", f"{_SESSION}/stop", decode_stop),
-        Route("POST", f"{_SESSION}/cancel-queen", decode_cancel),
-        Route("POST", f"{_SESSION}/pause", decode_pause),
-        Route("POST", f"{_SESSION}/resume", decode_resume),
-        Route("POST", f"{_SESSION}/replay", decode_replay),
+        Route(
+            "POST",
+            "/sessions",
+            decode_open,
+            doc=Doc(summary="Open a session", body=_OpenBody, answers={201: (_Session,)}),
+        ),
+        Route(
+            "GET",
+            "/sessions",
+            decode_list,
+            doc=Doc(summary="List the sessions", answers={200: (_Sessions,)}),
+        ),
+        Route(
+            "GET",
+            _SESSION,
+            decode_show,
+            doc=Doc(summary="Show a session", answers={200: (_Session,)}),
+        ),
+        Route(
+            "DELETE",
+            _SESSION,
+            decode_close,
+            doc=Doc(summary="Close a session", answers={200: (_Closed,)}),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/events",
+            decode_events,
+            doc=Doc(summary="Stream a session's events", query=_HEARD, answers={200: (SSE,)}),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/events/history",
+            decode_history,
+            doc=Doc(
+                summary="List a session's events, a page at a time",
+                query=_HISTORY,
+                answers={200: (_History,)},
+            ),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/snapshot",
+            decode_snapshot,
+            doc=Doc(summary="Show where a session stands", answers={200: (_Snapshot,)}),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/stats",
+            decode_stats,
+            doc=Doc(summary="Show a session's counts", answers={200: (_Stats,)}),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/goal-progress",
+            decode_goal,
+            doc=Doc(summary="Show how far a session's goal is", answers={200: (_Goal,)}),
+        ),
+        Route(
+            "GET",
+            f"{_SESSION}/workers",
+            decode_workers,
+            doc=Doc(summary="List a session's workers", answers={200: (_Workers,)}),
+        ),
+        Route("GET", f"{_SESSION}/workers/<worker_id>/events", decode_worker_events, doc=_WORKER),
+        Route("GET", "/workers/<worker_id>/events", decode_worker_events, doc=_WORKER),
+        Route(
+            "GET",
+            "/events/global",
+            decode_global,
+            doc=Doc(
+                summary="Stream what happens on the server",
+                query={**_said_in_query("those of no session"), "watch": _WATCH},
+                answers={200: (SSE,)},
+            ),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/chat",
+            decode_chat,
+            doc=Doc(summary="Chat with the queen", body=_ChatBody, answers={200: (_Told,)}),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/inject",
+            decode_inject,
+            doc=Doc(
+                summary="Say something to the queen, or to a worker",
+                body=_InjectBody,
+                answers={200: (_Injected,)},
+            ),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/queen-context",
+            decode_context,
+            doc=Doc(
+                summary="Tell the queen something for her next turn",
+                body=_ContextBody,
+                answers={200: (_Told,)},
+            ),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/trigger",
+            decode_trigger,
+            doc=Doc(summary="Begin an execution", body=_TriggerBody, answers={200: (_Triggered,)}),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/stop",
+            decode_stop,
+            doc=Doc(summary="Stop an execution", body=_StopBody, answers={200: (_Stopped,)}),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/cancel-queen",
+            decode_cancel,
+            doc=Doc(
+                summary="Cancel what goes on in a session, workers included",
+                answers={200: (_Cancelled,)},
+            ),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/pause",
+            decode_pause,
+            doc=Doc(
+                summary="Let the queen rest before her next step",
+                body=_PauseBody,
+                answers={200: (_Stopped,)},
+            ),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/resume",
+            decode_resume,
+            doc=Doc(summary="Let the queen go on", body=_ResumeBody, answers={200: (_Resumed,)}),
+        ),
+        Route(
+            "POST",
+            f"{_SESSION}/replay",
+            decode_replay,
+            doc=Doc(
+                summary="Not found, ever: there are no checkpoints", body=_ResumeBody, answers={}
+            ),
+        ),
     ),
     encoder=lambda options: HiveEncoder(_Mapping(_interest(options))),
     present=present,
@@ -1492,6 +1911,6 @@ HIVE = Dialect(
         plain=frozenset({Interest(DEFAULT), Interest(GLOBAL)}),
     ),
     on_disconnect="continue",
-    location="/workers/{run_id}/events",
+    locate=lambda mount, run, *_: {"Location": f"{mount}/workers/{run}/events"},
     problem=hive_problem,
 )

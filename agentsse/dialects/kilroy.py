@@ -20,11 +20,11 @@ import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, TypeAlias, assert_never
+from typing import Annotated, Any, Final, Literal, TypeAlias, assert_never
 
 import attrs
 import msgspec
-from msgspec import Raw, UnsetType
+from msgspec import Meta, Raw, UnsetType
 
 from agentsse.errors import BadRequest
 from agentsse.events import (
@@ -70,9 +70,11 @@ from agentsse.events import (
 from agentsse.sse import FieldError, comment, encode, frame_id, parse_position, retry
 
 from . import (
+    SSE,
     Answer,
     Cancel,
     Dialect,
+    Doc,
     Framing,
     Intent,
     ListRuns,
@@ -87,7 +89,8 @@ from . import (
 
 COALESCE: Final = 0.1  # seconds; so often does kilroy let text out
 MOST_RUNS: Final = 100_000  # that are listed, or counted: all there are
-RUN_ID: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}")
+_ID: Final = "[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}"
+RUN_ID: Final = re.compile(_ID)
 DIGRAPH: Final = re.compile(
     r"\bdigraph\s+(?:\"([^\"\n]{1,200})\"|([\w.-]{1,200}))\s*\{", re.IGNORECASE
 )
@@ -434,15 +437,27 @@ def _milliseconds(seconds: float) -> int:
 
 
 class _SubmitBody(msgspec.Struct):
+    """A pipeline: `workflow`, `package_path`, or one of `dot_source` and `dot_source_path`.
+
+    The agent that runs it is given the whole body.
+
+    Attributes:
+        dot_source: A graph in DOT; the agent of the digraph's name runs it, if there is one.
+        workflow: The name of the agent.
+        run_id: The run's id, which must be new.
+    """
+
     dot_source: str | None = None
     dot_source_path: str | None = None
     workflow: str | None = None
     package_path: str | None = None
     config_path: str | None = None
-    run_id: str | None = None
+    run_id: Annotated[str, Meta(extra_json_schema={"pattern": rf"^(\s*{_ID}\s*)?$"})] | None = None
 
 
 class _AnswerBody(msgspec.Struct):
+    """An answer: one of these."""
+
     value: str | None = None
     values: list[str] | None = None
     text: str | None = None
@@ -543,6 +558,92 @@ def decode_health(_request: Request) -> Intent:
 
 
 # Replies ------------------------------------------------------------------------------------------
+
+_State: TypeAlias = Literal["running", "success", "fail", "canceled"]
+
+
+class _Accepted(msgspec.Struct):
+    """A pipeline that was taken in."""
+
+    run_id: str
+    status: Literal["accepted"]
+
+
+class _Canceling(msgspec.Struct):
+    """A run that was told to end."""
+
+    status: Literal["canceling"]
+
+
+class _Answered(msgspec.Struct):
+    """A question that was answered."""
+
+    status: Literal["answered"]
+
+
+class _Health(msgspec.Struct):
+    """A server that is there.
+
+    Attributes:
+        pipelines: How many runs it knows, branches aside.
+    """
+
+    status: Literal["ok"]
+    pipelines: int
+
+
+class _Run(msgspec.Struct):
+    """A run as it stands; what kilroy keeps in files is empty."""
+
+    run_id: str
+    state: _State
+    status: _State
+    current_node_id: str
+    last_event: str
+    last_event_at: str
+    failure_reason: str
+    logs_root: str
+    worktree_dir: str
+    run_branch: str
+    final_commit: str
+    cxdb_ui_url: str
+
+
+class _Row(msgspec.Struct, omit_defaults=True):
+    """A run in a list."""
+
+    run_id: str
+    graph_name: str
+    status: _State
+    started_at: str
+    completed_at: str | msgspec.UnsetType = msgspec.UNSET
+    duration_ms: int | msgspec.UnsetType = msgspec.UNSET
+    failure_reason: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Rows(msgspec.Struct):
+    """Runs, the newest first."""
+
+    runs: list[_Row]
+    count: int
+
+
+class _Choice(msgspec.Struct):
+    """One of the answers that a question offers."""
+
+    key: str
+    label: str
+
+
+class _Question(msgspec.Struct):
+    """What a run asks a person."""
+
+    question_id: str
+    type: Literal["FREE_TEXT", "SINGLE_SELECT", "MULTI_SELECT", "YES_NO"]
+    text: str
+    stage: str
+    options: list[_Choice]
+    asked_at: str
 
 
 def _json(value: Any, status: int = 200) -> Reply:
@@ -698,32 +799,73 @@ def _present(snapshot: RunSnapshot) -> bytes:
     return _show(snapshot, ()).body
 
 
+_FILTERS: Final[Mapping[str, Any]] = {
+    "status": "Only runs that are `running`, or have come to `success`, `fail` or `canceled`.",
+    "graph": "Only runs whose graph has this in its name.",
+}
+_SUBMIT: Any = Annotated[_SubmitBody, Meta(examples=[{"workflow": "assistant"}])]
+_ANSWER: Any = Annotated[_AnswerBody, Meta(examples=[{"value": "yes"}])]
 _BELOW = (
-    ("POST", "", decode_submit),
-    ("GET", "", decode_list),
-    ("GET", "/<run_id>", decode_show),
-    ("GET", "/<run_id>/events", decode_watch),
-    ("POST", "/<run_id>/cancel", decode_cancel),
-    ("GET", "/<run_id>/context", decode_context),
-    ("GET", "/<run_id>/questions", decode_questions),
-    ("POST", "/<run_id>/questions/<question_id>/answer", decode_answer),
+    (
+        "POST",
+        "",
+        decode_submit,
+        Doc(summary="Submit a pipeline", body=_SUBMIT, answers={202: (_Accepted,)}),
+    ),
+    ("GET", "", decode_list, Doc(summary="List runs", query=_FILTERS, answers={200: (_Rows,)})),
+    ("GET", "/<run_id>", decode_show, Doc(summary="Show a run", answers={200: (_Run,)})),
+    (
+        "GET",
+        "/<run_id>/events",
+        decode_watch,
+        Doc(summary="Stream a run's progress, from its beginning", answers={200: (SSE,)}),
+    ),
+    (
+        "POST",
+        "/<run_id>/cancel",
+        decode_cancel,
+        Doc(summary="Cancel a run", answers={200: (_Canceling,)}),
+    ),
+    (
+        "GET",
+        "/<run_id>/context",
+        decode_context,
+        Doc(summary="Show a run's values", answers={200: (dict[str, Any],)}),
+    ),
+    (
+        "GET",
+        "/<run_id>/questions",
+        decode_questions,
+        Doc(summary="List what a run asks", answers={200: (list[_Question],)}),
+    ),
+    (
+        "POST",
+        "/<run_id>/questions/<question_id>/answer",
+        decode_answer,
+        Doc(summary="Answer a question", body=_ANSWER, answers={200: (_Answered,)}),
+    ),
 )
 
 KILROY = Dialect(
     name="kilroy",
     mount="/kilroy",
     routes=(
-        Route("GET", "/health", decode_health),
-        *(Route(method, f"/runs{path}", decode) for method, path, decode in _BELOW),
+        Route(
+            "GET",
+            "/health",
+            decode_health,
+            doc=Doc(summary="See whether the server is there", answers={200: (_Health,)}),
+        ),
+        *(Route(method, f"/runs{path}", decode, doc=doc) for method, path, decode, doc in _BELOW),
         *(
-            Route(method, f"/pipelines{path}", decode, is_rooted=True)
-            for method, path, decode in _BELOW
+            Route(method, f"/pipelines{path}", decode, is_rooted=True, doc=doc)
+            for method, path, decode, doc in _BELOW
         ),
     ),
     encoder=_encoder,
     present=_present,
     framing=Framing(heartbeat=comment(), farewell=retry),
     on_disconnect="continue",
-    location="/runs/{run_id}/events",
+    locate=lambda mount, run, *_: {"Location": f"{mount}/runs/{run}/events"},
     problem=_problem,
 )

@@ -34,11 +34,11 @@ import re
 import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias, TypeGuard, assert_never
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeGuard, assert_never
 
 import attrs
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
+from msgspec import UNSET, Meta, Raw, UnsetType
 
 from agentsse.errors import BadRequest, Unprocessable
 from agentsse.events import (
@@ -85,7 +85,20 @@ from agentsse.events import (
 from agentsse.markdown import closing
 from agentsse.sse import comment
 
-from . import Body, Cancel, Dialect, Framing, Intent, Reply, Request, Route, Start, read_body
+from . import (
+    SSE,
+    Body,
+    Cancel,
+    Dialect,
+    Doc,
+    Framing,
+    Intent,
+    Reply,
+    Request,
+    Route,
+    Start,
+    read_body,
+)
 
 Form: TypeAlias = Literal["current", "text", "seed"]
 """How a run is read; `text` is the current form as `text/plain`."""
@@ -845,15 +858,36 @@ def _summary(result: Raw) -> str:
 # Requests -----------------------------------------------------------------------------------------
 
 
+_DIGIT: Final = "[0-9a-fA-F]"
+_UUIDS: Final = rf"{_DIGIT}{{32}}|{_DIGIT}{{8}}(-{_DIGIT}{{4}}){{3}}-{_DIGIT}{{12}}"
+_IDS: Final = rf"{_UUIDS}|(conv_)?{_DIGIT}{{48}}"
+_MEDIA: Final = ("", "application/json", "text/plain")
+_SOME_ID: Final = "0198c0de-0000-7000-8000-000000000001"
+_TEXTS: Final = [kind for kind in ATTACHMENTS if kind != "image"]
+
+
 class _Attachment(msgspec.Struct, forbid_unknown_fields=True):
-    attachment_type: str
-    content_type: str
+    """A text that the query is about."""
+
+    attachment_type: Annotated[str, Meta(extra_json_schema={"enum": _TEXTS})]
+    content_type: Annotated[str, Meta(extra_json_schema={"enum": list(_LANGUAGES)})]
     content: str
 
 
 class _SeedQuery(msgspec.Struct, kw_only=True):
+    """A query, with the fields of the seed's time.
+
+    Attributes:
+        conversation_id: A conversation to go on with: a UUID, or 48 hexadecimal digits.
+        provider: Together with `model`, or neither.
+        model: The name of an agent, or of the model that it runs on.
+        system_prompt: What the agent is told first, instead of its own.
+    """
+
     query: str
-    conversation_id: str | None = None
+    conversation_id: Annotated[str, Meta(extra_json_schema={"pattern": f"^({_IDS})?$"})] | None = (
+        None
+    )
     provider: str | None = None
     model: str | None = None
     system_prompt: str | None = None
@@ -870,9 +904,21 @@ class _SeedQuery(msgspec.Struct, kw_only=True):
 
 
 class _Query(_SeedQuery, kw_only=True, forbid_unknown_fields=True):
+    """A query.
+
+    Attributes:
+        conversation_id: A conversation to go on with: a UUID, or 48 hexadecimal digits.
+        provider: Together with `model`, or neither.
+        model: The name of an agent, or of the model that it runs on.
+        system_prompt: What the agent is told first, instead of its own.
+        no_tools: Answer without tools.
+        media_type: Of the stream: `text/plain` is the answer as it would be printed.
+        vector_store_ids, shield_ids, solr: They stand in the run's metadata.
+    """
+
     no_tools: bool | None = False
     generate_topic_summary: bool | None = True
-    media_type: str | None = None
+    media_type: Annotated[str, Meta(extra_json_schema={"enum": list(_MEDIA)})] | None = None
     vector_store_ids: list[str] | None = None
     shield_ids: list[str] | None = None
     solr: Any = None
@@ -892,7 +938,15 @@ class _Query(_SeedQuery, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Interrupt(msgspec.Struct, forbid_unknown_fields=True):
-    request_id: str
+    """Which request to stop.
+
+    Attributes:
+        request_id: As the stream's `start` has told it.
+    """
+
+    request_id: Annotated[
+        str, Meta(examples=[_SOME_ID], extra_json_schema={"pattern": f"^({_IDS})$"})
+    ]
 
 
 def decode_query(request: Request, *, default: Form, delivery: Literal["stream", "wait"]) -> Intent:
@@ -1030,6 +1084,38 @@ def _check_image(content_type: str, content: str) -> None:
 # Answers ------------------------------------------------------------------------------------------
 
 
+class _Answer(msgspec.Struct):
+    """What a query has come to.
+
+    Attributes:
+        conversation_id: To go on with.
+        referenced_documents: Those that the answer rests on.
+    """
+
+    conversation_id: str
+    response: str
+    rag_chunks: list[Any]
+    referenced_documents: list[Document]
+    truncated: bool
+    input_tokens: int
+    output_tokens: int
+    available_quotas: dict[str, int]
+    tool_calls: list[ToolCall]
+    tool_results: list[ToolResult]
+
+
+class _Interrupted(msgspec.Struct):
+    """What an interrupt has come to.
+
+    Attributes:
+        interrupted: Otherwise it was over already.
+    """
+
+    request_id: str
+    interrupted: bool
+    message: str
+
+
 def answer(snapshot: RunSnapshot, events: Sequence[AnyEvent]) -> Reply:
     """Answer `/query`: what its stream would have told, in one object."""
     if snapshot.outcome is None:
@@ -1091,13 +1177,45 @@ def make_encoder(default: Form, options: Hashable) -> LightspeedEncoder | SeedEn
 def _speaking(form: Form) -> Dialect:
     """The dialect as it is where a request does not say which form it wants."""
     decode = partial(decode_query, default=form)
+    about = "How the run is told: as now, or as it was once."
+    forms: Any = Annotated[Literal["current", "seed"], Meta(description=about)]
+    body = _Query if form == "current" else _SeedQuery
     return Dialect(
         name="lightspeed",
         mount="/v1",
         routes=(
-            Route("POST", "/query", partial(decode, delivery="wait")),
-            Route("POST", "/streaming_query", partial(decode, delivery="stream")),
-            Route("POST", "/streaming_query/interrupt", decode_interrupt),
+            Route(
+                "POST",
+                "/query",
+                partial(decode, delivery="wait"),
+                doc=Doc(
+                    summary="Ask, and wait for the answer",
+                    body=body,
+                    query={"form": forms},
+                    answers={200: (_Answer,)},
+                ),
+            ),
+            Route(
+                "POST",
+                "/streaming_query",
+                partial(decode, delivery="stream"),
+                doc=Doc(
+                    summary="Ask, and stream the answer",
+                    body=body,
+                    query={"form": forms},
+                    answers={200: (SSE, "text/plain")},
+                ),
+            ),
+            Route(
+                "POST",
+                "/streaming_query/interrupt",
+                decode_interrupt,
+                doc=Doc(
+                    summary="Stop an answer that is being streamed",
+                    body=_Interrupt,
+                    answers={200: (_Interrupted,)},
+                ),
+            ),
         ),
         encoder=partial(make_encoder, form),
         present=_present,

@@ -1,42 +1,56 @@
 """OpenAI's chat completions: an agent stands where a client expects a model.
 
-Knows: the route `/chat/completions`, what may stand in its body, and the chunks of its stream. Must
-never know what a run is beyond its events and its snapshot. Source: OpenAI's API reference, "Chat
-completions", as its own Python client reads it.
+Knows: the routes `/chat/completions` and `/models`, what may stand in a body, and the chunks of a
+stream. Must never know what a run is beyond its events and its snapshot. Source: OpenAI's API
+reference, "Chat completions" and "Models", as its own clients for Python and JavaScript read it.
 
 A stream has frames of data only, without ids: a first chunk with the role, chunks with pieces of
 what is said, one with the reason for the end, one with the usage where the client has asked for it,
-and `[DONE]`. A run that came to nothing ends with an error object and no `[DONE]`: the client
-raises it. A client that leaves has cancelled the run; there is no way back to a stream.
+and `[DONE]`. A run that came to nothing, and a stream that ends before its run, end with an error
+object and no `[DONE]`: the client raises it. It raises an error of the connection where a stream is
+cut, and there is no way back to it: who leaves has cancelled the run, unless the agent, or the
+server's settings, have it go on. Then it can be looked at by the native `/runs/{id}/events`, and
+cancelled by `/runs/{id}/cancel`, for which this protocol has no word either. The id stands in the
+header `x-request-id`, and in that of the completion, `chatcmpl-<id>`; of a run that has asked a
+person the second response is `chatcmpl-<id>-2`.
 
 What is different here:
 
-- `model` is the name of an agent, or the `PROVIDER:MODEL` that it runs on.
-- The agent runs its own tools and they are not shown. What would need the client (its `tools`), or
-  what no agent here gives (several choices, audio, log probabilities, a format, stop sequences), is
-  refused. How the model is to sample is the agent's to say: `temperature`, `max_tokens` and all
-  other fields are overlooked.
-- The last message is the run's input, the system's messages at the beginning are its instructions.
-  A run takes no conversation: what was said before stands as text, labelled, in front of the input.
-- A run that asks a person ends the response with the question. The run waits on; its answer comes
-  by another protocol, for this one has no word that would lead back to it.
+- `model` is the name of an agent, or the `PROVIDER:MODEL` that it runs on; `/models` lists agents.
+- The agent runs its own tools, and they are not shown. Those of the client (`tools`, functions) a
+  model agent may call as well, and the client makes the call. Which tool is called, and how many at
+  once, is the model's to choose: a `tool_choice` that forces a call is refused, and
+  `parallel_tool_calls` is overlooked.
+- What no agent here gives (several choices, images, audio, log probabilities, a format, stop
+  sequences) is refused. How the model is to sample is the agent's to say: `temperature`,
+  `max_tokens`, `max_completion_tokens` and all other fields are overlooked.
+- The last message, or the tools' answers at the end, is what the agent is told now; the system's
+  messages at the beginning are its instructions; what is between them is what was said before.
+- A run that asks a person ends the response with the question as text. Its answer needs a thread:
+  with `"metadata": {"thread_id": ...}` in both requests the user's next message is the answer, and
+  the response goes on with the run. Without one the run waits on, and a next message begins a new
+  run, whose model can read the question in what was said before. In a thread, too, the client's
+  messages are all that was said before; a run that nobody watches any more makes room for the next.
+- The usage is that of the response, also where a run has several.
 - An agent that says nothing, and has a result, has its result as the answer.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from datetime import datetime
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Final, Literal, TypeAlias, assert_never
 
 import attrs
 import msgspec
-from msgspec import UNSET, Raw
 
 from agentsse.errors import BadRequest
 from agentsse.events import (
     AnyEvent,
+    InputReceived,
     InputRequested,
     Moderation,
     PartDelta,
+    PartFinished,
+    PartStarted,
     Problem,
     Question,
     RunFinished,
@@ -46,18 +60,52 @@ from agentsse.events import (
     Usage,
     decode_json,
 )
-from agentsse.sse import comment
+from agentsse.messages import (
+    AssistantMessage,
+    Message,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    ToolSpec,
+    UserMessage,
+)
 
-from . import Dialect, Framing, Reply, Request, Route, Start, read_body
-
-REFUSAL: Final = "This request was refused."
-CANCELLED: Final = 499  # what Google's APIs say of it; the client does not try again by itself
-DONE: Final = b"data: [DONE]\n\n"
+from . import (
+    MAX_HISTORY,
+    MAX_MESSAGES,
+    SSE,
+    AgentCard,
+    Dialect,
+    Doc,
+    ListAgents,
+    Reply,
+    Request,
+    Route,
+    Start,
+    read_body,
+    see_name,
+)
+from .openai import (
+    DONE,
+    FRAMING,
+    Content,
+    Course,
+    asked,
+    encode,
+    error_of,
+    failed,
+    failed_run,
+    know_wishes,
+    locate,
+    no_model,
+    present,
+    seconds,
+    spec_of,
+    text_of,
+)
 
 Field: TypeAlias = Literal["content", "refusal", "reasoning_content"]
-Reason: TypeAlias = Literal["stop", "length", "content_filter"]
-
-_encode = msgspec.json.encode
+Reason: TypeAlias = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 # What a response says -----------------------------------------------------------------------------
@@ -72,14 +120,31 @@ class _Said:
 
 
 @attrs.frozen
+class _Called:
+    """A call of one of the client's tools begins; in a response they are counted from 0."""
+
+    index: int
+    call_id: str
+    name: str
+
+
+@attrs.frozen
+class _Arguments:
+    """More of a call's arguments."""
+
+    index: int
+    text: str
+
+
+@attrs.frozen
 class _Done:
-    """The end of the response, with the tokens of the run so far."""
+    """The end of the response, with its tokens."""
 
     reason: Reason
     usage: Usage
 
 
-_Piece: TypeAlias = _Said | _Done | Problem
+_Piece: TypeAlias = _Said | _Called | _Arguments | _Done | Problem
 """A problem is an end as well."""
 
 
@@ -90,92 +155,103 @@ class _Turn:
     A run that asks a person has several responses; who watches it in this protocol sees them all.
     """
 
-    _has_spoken: bool = False
-    _blocked: str | None = None  # what a shield has said; None once something else was said
-    _is_filtered: bool = False
-    _stopped: str | None = None  # why the last model call ended, unless something was said since
+    _course: Course = attrs.field(factory=Course)
     _spent: Usage = attrs.field(factory=Usage)
+    _billed: Usage = attrs.field(factory=Usage)  # of it, in earlier responses
+    _client_tools: frozenset[str] = frozenset()
+    _calls: dict[str, ToolCall] = attrs.field(factory=dict)  # whole ones of the run, by call id
+    _called: set[str] = attrs.field(factory=set)  # call ids in this response
+    _open: dict[str, int] = attrs.field(factory=dict)  # parts of calls that go on, and their index
+    _bare: set[str] = attrs.field(factory=set)  # those of them without arguments yet
 
     def take(self, event: AnyEvent) -> Sequence[_Piece]:
         """What an event adds to the response; most add nothing."""
         match event:
+            case RunStarted():
+                self._client_tools = frozenset(event.client_tools)
+                return ()
             case PartDelta(kind="text"):
                 return (self._say("content", event.delta),)
             case PartDelta(kind="refusal"):
                 return (self._say("refusal", event.delta),)
             case PartDelta(kind="reasoning"):
                 return (_Said("reasoning_content", event.delta),)
+            case PartStarted(kind="tool_call", name=str(name)) if name in self._client_tools:
+                begun = self._call(event.call_id or event.part_id, name)
+                self._open[event.part_id] = begun.index
+                self._bare.add(event.part_id)
+                return (begun,)
+            case PartDelta(kind="tool_call") if event.delta and event.part_id in self._open:
+                self._bare.discard(event.part_id)
+                return (_Arguments(self._open[event.part_id], event.delta),)
+            case PartFinished(kind="tool_call", name=str(name)) if name in self._client_tools:
+                return self._finish_call(event, name)
             case StepFinished(kind="model"):
-                self._stopped = event.finish_reason
+                self._course.take(event)
                 self._spent += event.usage or Usage()
                 return ()
             case Moderation(violation=True):
-                self._is_filtered, self._blocked = True, event.message or REFUSAL
+                self._course.take(event)
                 return ()
             case InputRequested():
-                prompt = self._say(
-                    "content", _asked(event.questions, is_first=not self._has_spoken)
-                )
-                self._has_spoken, self._is_filtered, self._blocked = False, False, None
-                return (prompt, _Done("stop", self._spent))
+                return self._ask(event.questions)
             case RunFinished():
                 return self._finish(event)
             case _:
                 return ()
 
     def _say(self, field: Field, text: str) -> _Said:
-        self._has_spoken, self._stopped, self._blocked = True, None, None
+        self._course.speak()
         return _Said(field, text)
 
+    def _call(self, call_id: str, name: str) -> _Called:
+        index = len(self._called)
+        self._called.add(call_id)
+        return _Called(index, call_id, name)
+
+    def _finish_call(self, event: PartFinished, name: str) -> Sequence[_Piece]:
+        call_id, arguments = event.call_id or event.part_id, event.text or "{}"
+        self._calls[call_id] = ToolCall(call_id, name, arguments)
+        index = self._open.pop(event.part_id, None)
+        if index is None or event.part_id not in self._bare:
+            return ()
+        self._bare.remove(event.part_id)
+        return (_Arguments(index, arguments),)
+
+    def _ask(self, questions: Sequence[Question]) -> Sequence[_Piece]:
+        apart = "\n\n" if self._course.has_spoken else ""
+        prompt = self._say("content", apart + asked(questions, how="Answer in lines"))
+        done = _Done("stop", _less(self._spent, self._billed))
+        self._course.begin()
+        self._billed = self._spent
+        for of_this_response in (self._called, self._open, self._bare):
+            of_this_response.clear()
+        return (prompt, done)
+
     def _finish(self, event: RunFinished) -> Sequence[_Piece]:
-        match event.outcome:
-            case "success":
-                return self._succeed(event)
-            case "error":
-                return (event.error or Problem(code="internal", message="the run has failed"),)
-            case "cancelled" | "interrupted":
-                return (_cancelled(event.receipt.cause),)
-            case _:
-                assert_never(event.outcome)
-
-    def _succeed(self, event: RunFinished) -> Sequence[_Piece]:
-        if self._stopped == "error":
-            message = "the model stopped because of an error"
-            return (Problem(code="provider_error", message=message, status=502),)
-        done = _Done(self._reason(), event.usage)
-        if self._blocked is not None:
-            return (_Said("refusal", self._blocked), done)
-        if self._has_spoken or event.result is UNSET or bytes(event.result) == b"null":
+        if (problem := self._course.problem(event)) is not None:
+            return (problem,)
+        reason: Reason = self._course.cut or ("tool_calls" if event.pending else "stop")
+        done = _Done(reason, _less(event.usage, self._billed))
+        if event.pending:
+            return (*self._call_again(event.pending), done)
+        if (words := self._course.last_words(event)) is None:
             return (done,)
-        return (_Said("content", _text_of(event.result)), done)
+        kind, text = words
+        return (_Said("refusal" if kind == "refusal" else "content", text), done)
 
-    def _reason(self) -> Reason:
-        if self._is_filtered or self._stopped == "content_filter":
-            return "content_filter"
-        return "length" if self._stopped == "length" else "stop"
-
-
-def _cancelled(cause: str | None) -> Problem:
-    message = f"the run was cancelled ({cause})" if cause else "the run was cancelled"
-    status = 503 if cause == "shutdown" else CANCELLED
-    return Problem(code="cancelled", message=message, status=status)
+    def _call_again(self, pending: Sequence[str]) -> Iterable[_Piece]:
+        """What is to be called, and stood in a response that a question has ended."""
+        for call_id in pending:
+            if call_id not in self._called:
+                call = self._calls[call_id]
+                begun = self._call(call_id, call.name)
+                yield from (begun, _Arguments(begun.index, call.arguments))
 
 
-def _asked(questions: Sequence[Question], *, is_first: bool) -> str:
-    """Questions as text, apart from what was said before."""
-    pieces = [] if is_first else [""]
-    for question in questions:
-        pieces.append(question.prompt)
-        if question.options:
-            labels = (option.label or option.id for option in question.options)
-            pieces.append("\n".join(f"- {label}" for label in labels))
-    return "\n\n".join(pieces)
-
-
-def _text_of(result: Raw) -> str:
-    """A result as text: a string as it is, anything else its JSON."""
-    data = bytes(result)
-    return str(decode_json(data)) if data.startswith(b'"') else data.decode()
+def _less(usage: Usage, billed: Usage) -> Usage:
+    fields = Usage.__struct_fields__
+    return Usage(**{name: getattr(usage, name) - getattr(billed, name) for name in fields})
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -188,52 +264,17 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _created(ts: str) -> int:
-    return int(datetime.fromisoformat(ts).timestamp())
+def _name(run_id: str, number: int) -> str:
+    """The id of a run's first, second ... response; clients keep messages by their ids."""
+    return f"chatcmpl-{run_id}" if number == 1 else f"chatcmpl-{run_id}-{number}"
 
 
 # Errors -------------------------------------------------------------------------------------------
 
 
-def _error(problem: Problem, *, param: str | None = None) -> bytes:
-    """An error object; what kind it is follows from the status."""
-    match problem.status:
-        case 401 | 403:
-            kind = "authentication_error" if problem.status == 401 else "permission_error"
-        case 429:
-            kind = "rate_limit_error"
-        case status if 400 <= status < CANCELLED:
-            kind = "invalid_request_error"
-        case _:
-            kind = "server_error"
-    return _encode(
-        {
-            "error": {
-                "message": problem.message,
-                "type": kind,
-                "param": param,
-                "code": problem.code,
-            }
-        }
-    )
-
-
-def _failed(problem: Problem, *, param: str | None = None) -> Reply:
-    status = problem.status if 400 <= problem.status < 600 else 500
-    return Reply(_error(problem, param=param), status)
-
-
 def refuse(problem: Problem) -> Reply:
     """Answer a request that started nothing; what it looked for in vain is a model."""
-    if problem.code == "not_found":
-        return _failed(msgspec.structs.replace(problem, code="model_not_found"), param="model")
-    return _failed(problem)
-
-
-def _break_off(_milliseconds: int) -> bytes:
-    """End a stream whose run goes on: without this the client would take it for complete."""
-    message = "the stream ended before the run did"
-    return b"data: %b\n\n" % _error(Problem(code="incomplete", message=message))
+    return no_model(problem) if problem.code == "not_found" else failed(problem)
 
 
 # Streams ------------------------------------------------------------------------------------------
@@ -249,55 +290,73 @@ class ChatEncoder:
 
     has_usage: bool = False
     _turn: _Turn = attrs.field(factory=_Turn)
-    _head: bytes = b""  # of every chunk, up to its choices
-    _is_open: bool = False
+    _begun: RunStarted | None = None
+    _responses: int = 0
+    _head: bytes = b""  # of every chunk of the response that is open, up to its choices
 
     def feed(self, event: AnyEvent) -> Iterable[bytes]:
         """Turn one event into its frames."""
         if isinstance(event, RunStarted):
-            envelope = {
-                "id": f"chatcmpl-{event.run_id}",
-                "object": "chat.completion.chunk",
-                "created": _created(event.ts),
-                "model": event.agent,
-            }
-            self._head = b'data: %b,"choices":[' % _encode(envelope).removesuffix(b"}")
+            self._begun = event
+            self._turn.take(event)
             return self._open()
         frames: list[bytes] = []
         for piece in self._turn.take(event):
             match piece:
-                case _Said():
+                case _Said() | _Called() | _Arguments():
                     frames += self._open()
-                    frames.append(
-                        self._chunk(b'{"%b":%b}' % (piece.field.encode(), _encode(piece.text)))
-                    )
+                    frames.append(self._chunk(_delta(piece)))
                 case _Done():
                     frames += self._open()
                     frames += self._close(piece)
                 case Problem():
-                    frames.append(b"data: %b\n\n" % _error(piece))
+                    frames.append(b"data: %b\n\n" % encode(error_of(piece)))
                 case _:
                     assert_never(piece)
         return frames
 
     def _open(self) -> Sequence[bytes]:
-        if self._is_open:
+        if self._head:
             return ()
-        self._is_open = True
+        assert self._begun is not None
+        self._responses += 1
+        envelope = {
+            "id": _name(self._begun.run_id, self._responses),
+            "object": "chat.completion.chunk",
+            "created": seconds(self._begun.ts),
+            "model": self._begun.agent,
+        }
+        self._head = b'data: %b,"choices":[' % encode(envelope).removesuffix(b"}")
         return (self._chunk(b'{"role":"assistant","content":""}'),)
 
     def _close(self, done: _Done) -> Sequence[bytes]:
-        self._is_open = False
-        last = self._chunk(b"{}", reason=_encode(done.reason))
+        last = self._chunk(b"{}", reason=encode(done.reason))
+        head, self._head = self._head, b""
         if not self.has_usage:
             return (last, DONE)
-        usage = _encode(_usage(done.usage))
-        return (last, b'%b],"usage":%b}\n\n' % (self._head, usage), DONE)
+        return (last, b'%b],"usage":%b}\n\n' % (head, encode(_usage(done.usage))), DONE)
 
     def _chunk(self, delta: bytes, *, reason: bytes = b"null") -> bytes:
         choice = b'{"index":0,"delta":%b,"logprobs":null,"finish_reason":%b}' % (delta, reason)
         tail = b',"usage":null' if self.has_usage else b""
         return b"%b%b]%b}\n\n" % (self._head, choice, tail)
+
+
+def _delta(piece: _Said | _Called | _Arguments) -> bytes:
+    match piece:
+        case _Said():
+            return b'{"%b":%b}' % (piece.field.encode(), encode(piece.text))
+        case _Called():
+            function = {"name": piece.name, "arguments": ""}
+            call = {"index": piece.index, "id": piece.call_id, "type": "function"}
+            return encode({"tool_calls": [call | {"function": function}]})
+        case _Arguments():
+            return b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % (
+                piece.index,
+                encode(piece.text),
+            )
+        case _:
+            assert_never(piece)
 
 
 def make_encoder(options: Hashable) -> ChatEncoder:
@@ -308,65 +367,142 @@ def make_encoder(options: Hashable) -> ChatEncoder:
 # Answers ------------------------------------------------------------------------------------------
 
 
+@attrs.define(eq=False)
+class _Draft:
+    """The message of a response, piece by piece."""
+
+    _texts: dict[Field, list[str]] = attrs.field(factory=dict)
+    _calls: list[tuple[_Called, list[str]]] = attrs.field(factory=list)
+
+    def add(self, piece: _Said | _Called | _Arguments) -> None:
+        """Take one piece more."""
+        match piece:
+            case _Said():
+                self._texts.setdefault(piece.field, []).append(piece.text)
+            case _Called():
+                self._calls.append((piece, []))
+            case _Arguments():
+                self._calls[piece.index][1].append(piece.text)
+            case _:
+                assert_never(piece)
+
+    def build(self) -> dict[str, Any]:
+        """Put the message together."""
+        texts = {field: "".join(pieces) for field, pieces in self._texts.items()}
+        nothing = None if texts.get("refusal") or self._calls else ""
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": texts.get("content") or nothing,
+            "refusal": texts.get("refusal") or None,
+        }
+        if texts.get("reasoning_content"):
+            message["reasoning_content"] = texts["reasoning_content"]
+        if self._calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.call_id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": "".join(arguments)},
+                }
+                for call, arguments in self._calls
+            ]
+        return message
+
+
 def answer(snapshot: RunSnapshot, events: Sequence[AnyEvent]) -> Reply:
     """Answer where there is no stream: what the stream would have said, in one object."""
-    turn = _Turn()
-    said: dict[Field, list[str]] = {"content": [], "refusal": [], "reasoning_content": []}
-    for event in events:
+    turn, draft = _Turn(), _Draft()
+    begin, count, reply = _begin(events), 0, None
+    for number, event in enumerate(events):
         for piece in turn.take(event):
             match piece:
-                case _Said():
-                    said[piece.field].append(piece.text)
                 case _Done():
-                    texts = {field: "".join(pieces) for field, pieces in said.items()}
-                    return Reply(_encode(_completion(snapshot, texts, piece)))
+                    count += 1
+                    name = _name(snapshot.id, count)
+                    reply = Reply(encode(_completion(snapshot, name, draft, piece)))
+                    if number >= begin:
+                        return reply
+                    draft = _Draft()
                 case Problem():
-                    # A run that has failed may have done something: the SDKs would do it again.
-                    return attrs.evolve(_failed(piece), headers={"x-should-retry": "false"})
+                    return failed_run(piece)
                 case _:
-                    assert_never(piece)
-    return _failed(Problem(code="internal", message="the run has not come to an end"))
+                    draft.add(piece)
+    return reply or failed(Problem(code="internal", message="the run has not come to an end"))
 
 
-def _completion(snapshot: RunSnapshot, texts: dict[Field, str], done: _Done) -> dict[str, Any]:
-    refusal = texts["refusal"] or None
-    message = {
-        "role": "assistant",
-        "content": texts["content"] or (None if refusal else ""),
-        "refusal": refusal,
+def _begin(events: Sequence[AnyEvent]) -> int:
+    """Where the response begins: behind the question that was answered last, if one was."""
+    answered = next((e.request_id for e in reversed(events) if isinstance(e, InputReceived)), None)
+    for number, event in enumerate(events, 1):
+        if isinstance(event, InputRequested) and event.request_id == answered:
+            return number
+    return 0
+
+
+def _completion(snapshot: RunSnapshot, name: str, draft: _Draft, done: _Done) -> dict[str, Any]:
+    choice = {
+        "index": 0,
+        "message": draft.build(),
+        "logprobs": None,
+        "finish_reason": done.reason,
     }
-    if texts["reasoning_content"]:
-        message["reasoning_content"] = texts["reasoning_content"]
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.reason}
     return {
-        "id": f"chatcmpl-{snapshot.id}",
+        "id": name,
         "object": "chat.completion",
-        "created": _created(snapshot.created),
+        "created": seconds(snapshot.created),
         "model": snapshot.agent,
         "choices": [choice],
         "usage": _usage(done.usage),
     }
 
 
-def _present(snapshot: RunSnapshot) -> bytes:
-    """A run by itself, which this protocol never shows."""
-    return _encode(snapshot)
+class _Model(msgspec.Struct):
+    """An agent; nobody knows since when there is one of its name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "agentsse"
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+    object: Literal["list"] = "list"
+
+
+def list_models(cards: Sequence[AgentCard]) -> Reply:
+    """Answer with all agents."""
+    return Reply(encode(_Models([_Model(card.name) for card in cards])))
+
+
+def _show_model(name: str, cards: Sequence[AgentCard]) -> Reply:
+    if any(name in (card.name, card.model) for card in cards):
+        return Reply(encode(_Model(name)))
+    known = ", ".join(card.name for card in cards)
+    message = f"expected one of the agents {known}, or the model of one, got {name[:80]!r}"
+    return refuse(Problem(code="not_found", message=message, status=404))
 
 
 # Requests -----------------------------------------------------------------------------------------
 
 
-class _Part(msgspec.Struct):
-    type: str
-    text: str = ""
-    refusal: str = ""
+class _CalledFunction(msgspec.Struct):
+    name: str
+    arguments: str = ""
 
 
-class _Message(msgspec.Struct):
+class _ToolCall(msgspec.Struct):
+    id: str
+    type: str = "function"
+    function: _CalledFunction | None = None
+
+
+class _ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[_Part] | None = None
+    content: Content | None = None
     refusal: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[_ToolCall], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
 
@@ -378,13 +514,31 @@ class _ResponseFormat(msgspec.Struct):
     type: str
 
 
+class _Function(msgspec.Struct):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Tool(msgspec.Struct):
+    type: str
+    function: _Function | None = None
+
+
+_SAMPLE: Final = [{"role": "user", "content": "Hello"}]
+
+
 class _Completion(msgspec.Struct, kw_only=True):
-    model: Annotated[str, msgspec.Meta(min_length=1)]
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    model: Annotated[str, msgspec.Meta(min_length=1, examples=["assistant"])]
+    messages: Annotated[
+        list[_ChatMessage],
+        msgspec.Meta(min_length=1, max_length=MAX_MESSAGES, examples=[_SAMPLE]),
+    ]
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
     n: int | None = None
-    tools: list[Any] | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: Any = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
     audio: Any = None
@@ -393,7 +547,7 @@ class _Completion(msgspec.Struct, kw_only=True):
     response_format: _ResponseFormat | None = None
     stop: str | list[str] | None = None
     web_search_options: Any = None
-    user: str | None = None
+    user: Any = None
     metadata: dict[str, Any] | None = None
 
 
@@ -407,93 +561,218 @@ def decode_completion(request: Request) -> Start:
     """
     body = read_body(request, _Completion, what="complete a chat")
     _know_wishes(body)
-    instructions, text = _read_messages(body.messages)
-    told = {"user": body.user, "metadata": body.metadata}
+    told = _read_messages(body.messages)
+    thread_id = _thread_of(body.metadata or {})
+    metadata = {"user": body.user, "metadata": body.metadata}
     return Start(
         agent=body.model,
-        input=text,
+        input=told.input,
         delivery="stream" if body.stream else "wait",
-        instructions=instructions,
-        metadata={name: value for name, value in told.items() if value} or None,
+        thread_id=thread_id,
+        # What a person is asked, no tool answers.
+        resumes=thread_id is not None and told.said is None,
+        if_busy="supersede",
+        history=told.history,
+        said=told.said,
+        tools=_read_tools(body),
+        instructions=told.instructions,
+        metadata={name: value for name, value in metadata.items() if value} or None,
         options=bool(body.stream_options and body.stream_options.include_usage),
         reply=answer,
     )
 
 
+def decode_models(_request: Request) -> ListAgents:
+    """`GET /models`."""
+    return ListAgents(reply=list_models)
+
+
+def decode_model(request: Request) -> ListAgents:
+    """`GET /models/{model}`."""
+    return ListAgents(reply=partial(_show_model, request.parameters["model"]))
+
+
 def _know_wishes(body: _Completion) -> None:
     """Refuse what would be missing in the answer."""
-    own = "an agent runs its own tools, and can use none of the client's"
-    form = body.response_format
-    wishes = (
-        ("tools", body.tools, own),
-        ("functions", body.functions, own),
+    form, none = body.response_format, "there are no log probabilities"
+    choice = body.tool_choice not in (None, "auto", "none")
+    wishes = [
+        ("tool_choice", choice, "the model chooses, among all ('auto') or none ('none')"),
+        ("functions", body.functions, "they are 'tools' by now"),
         ("n", body.n not in (None, 1), "a run has one answer"),
         ("modalities", set(body.modalities or ()) - {"text"}, "an agent answers in text"),
         ("audio", body.audio, "an agent answers in text"),
-        ("logprobs", body.logprobs, "there are no log probabilities"),
-        ("top_logprobs", body.top_logprobs, "there are no log probabilities"),
+        ("logprobs", body.logprobs, none),
+        ("top_logprobs", body.top_logprobs, none),
         ("response_format", form and form.type != "text", "the form is the agent's to choose"),
         ("stop", body.stop, "there are no stop sequences"),
-        ("web_search_options", body.web_search_options is not None, own),
-    )
-    for name, is_wanted, why in wishes:
-        if is_wanted:
-            raise BadRequest(f"{name}: not available here: {why}; leave it out")
-
-
-def _read_messages(messages: Sequence[_Message]) -> tuple[str | None, str]:
-    """What the agent is told first, if anything is, and the input."""
-    texts = [_read_message(place, message) for place, message in enumerate(messages)]
-    if messages[-1].role != "user":
-        raise BadRequest(
-            "messages: expected the last one to be the user's, for it is what the agent is given; "
-            f"got one of the role {messages[-1].role!r}"
-        )
-    begin = next(i for i, each in enumerate(messages) if each.role not in ("system", "developer"))
-    instructions = "\n\n".join(text for text in texts[:begin] if text) or None
-    earlier = [
-        f"{message.role.capitalize()}: {text}"
-        for message, text in zip(messages[begin:-1], texts[begin:-1], strict=True)
-        if text
+        ("web_search_options", body.web_search_options is not None, "an agent has its own tools"),
     ]
-    if not earlier:
-        return instructions, texts[-1]
-    pieces = ["The conversation so far:", *earlier, "The user's message now:", texts[-1]]
-    return instructions, "\n\n".join(pieces)
+    know_wishes(wishes)
 
 
-def _read_message(place: int, message: _Message) -> str:
-    where = f"messages[{place}]"
-    if message.role in ("tool", "function") or message.tool_calls or message.function_call:
+def _thread_of(metadata: Mapping[str, Any]) -> str | None:
+    thread_id = metadata.get("thread_id")
+    if thread_id is None:
+        return None
+    if not isinstance(thread_id, str):
+        raise BadRequest(f"metadata.thread_id: expected a string, got {str(thread_id)[:40]}")
+    see_name(thread_id, "metadata.thread_id")
+    return thread_id
+
+
+def _read_tools(body: _Completion) -> tuple[ToolSpec, ...]:
+    """The client's tools, if it wants any to be called."""
+    specs = []
+    for place, tool in enumerate(body.tools or ()):
+        if tool.type != "function" or (function := tool.function) is None:
+            raise BadRequest(
+                f"tools[{place}]: expected a tool of the type 'function', with its 'function', "
+                f"got one of the type {tool.type[:40]!r}; leave it out"
+            )
+        specs.append(spec_of(function.name, function.description, function.parameters))
+    return () if body.tool_choice == "none" else tuple(specs)
+
+
+@attrs.frozen
+class _Told:
+    """What a request's messages are to an agent; see `Start`."""
+
+    instructions: str | None
+    history: tuple[Message, ...]
+    said: tuple[ToolMessage, ...] | None
+    input: Any
+
+
+def _read_messages(messages: Sequence[_ChatMessage]) -> _Told:
+    roles = [message.role for message in messages]
+    if roles[-1] not in ("user", "tool"):
         raise BadRequest(
-            f"{where}: expected a message of text, got a tool's call or result: an agent runs its "
-            "own tools, and cannot be told of the client's; leave the message out"
+            "messages: expected the last one to be the user's or a tool's, for it is what the "
+            f"agent is given; got one of the role {roles[-1]!r}"
         )
-    match message.content:
-        case None:
-            return message.refusal or ""
-        case str():
-            return message.content
-        case parts:
-            return "\n".join(_read_part(f"{where}.content[{i}]", p) for i, p in enumerate(parts))
+    names: dict[str, str] = {}
+    read = [_read_message(f"messages[{place}]", each, names) for place, each in enumerate(messages)]
+    begin = next(place for place, each in enumerate(read) if not isinstance(each, SystemMessage))
+    told_first = [each.text for each in read[:begin] if isinstance(each, SystemMessage)]
+    last, end = read[-1], len(read) - 1
+    while roles[end] == roles[end - 1] == "tool":
+        end -= 1
+    said = tuple(message for message in read[end:] if isinstance(message, ToolMessage))
+    return _Told(
+        instructions="\n\n".join(text for text in told_first if text) or None,
+        history=tuple(message for message in read[begin:end] if _says_something(message)),
+        said=said or None,
+        input=last.text if isinstance(last, UserMessage) else [_shown(each) for each in said],
+    )
 
 
-def _read_part(where: str, part: _Part) -> str:
-    if part.type not in ("text", "refusal"):
+def _says_something(message: Message) -> bool:
+    match message:
+        case AssistantMessage():
+            return bool(message.text or message.tool_calls)
+        case SystemMessage() | UserMessage():
+            return bool(message.text)
+        case ToolMessage():
+            return True
+        case _:
+            assert_never(message)
+
+
+def _shown(answer: ToolMessage) -> dict[str, Any]:
+    """A tool's answer as a part of the run's input."""
+    return {
+        "call_id": answer.call_id,
+        "name": answer.name,
+        "content": decode_json(answer.content),
+    }
+
+
+def _read_message(where: str, message: _ChatMessage, names: dict[str, str]) -> Message:
+    """Read one message; `names` has those of the tools called so far, by call id."""
+    if message.function_call:
+        raise _old_form(where)
+    text = _read_text(where, message)
+    match message.role:
+        case "system" | "developer":
+            return SystemMessage(text)
+        case "user":
+            return UserMessage(text)
+        case "assistant":
+            calls = tuple(
+                _read_call(f"{where}.tool_calls[{place}]", call)
+                for place, call in enumerate(message.tool_calls or ())
+            )
+            names.update((call.call_id, call.name) for call in calls)
+            return AssistantMessage(text, calls)
+        case "tool":
+            call_id = message.tool_call_id or ""
+            if call_id not in names:
+                raise BadRequest(
+                    f"{where}.tool_call_id: expected the id of a call in a message before it, "
+                    f"got {call_id[:80]!r}"
+                )
+            return ToolMessage(call_id, names[call_id], encode(text).decode())
+        case "function":
+            raise _old_form(where)
+        case _:
+            assert_never(message.role)
+
+
+def _old_form(where: str) -> BadRequest:
+    return BadRequest(
+        f"{where}: expected a call as 'tool_calls' and its result in the role 'tool', got the "
+        "older form of 'functions'; leave the message out"
+    )
+
+
+def _read_call(where: str, call: _ToolCall) -> ToolCall:
+    if call.type != "function" or call.function is None:
         raise BadRequest(
-            f"{where}: expected a part of the type 'text', got {part.type[:40]!r}, which no agent "
-            "here is given; describe in words what it holds"
+            f"{where}: expected a call of the type 'function', with its 'function', got one of "
+            f"the type {call.type[:40]!r}; leave the message out"
         )
-    return part.text or part.refusal
+    return ToolCall(call.id, call.function.name, call.function.arguments)
+
+
+def _read_text(where: str, message: _ChatMessage) -> str:
+    if message.content is None:
+        return message.refusal or ""
+    return text_of(f"{where}.content", message.content, ("text", "refusal"), "'text'")
 
 
 OPENAI_CHAT: Final = Dialect(
     name="openai_chat",
     mount="/v1",
-    routes=(Route("POST", "/chat/completions", decode_completion),),
+    routes=(
+        Route(
+            "POST",
+            "/chat/completions",
+            decode_completion,
+            doc=Doc(
+                summary="Have an agent answer a chat, streamed or not",
+                body=_Completion,
+                answers={200: (dict, SSE)},
+            ),
+        ),
+        Route(
+            "GET",
+            "/models",
+            decode_models,
+            doc=Doc(summary="List the agents as models", answers={200: (_Models,)}),
+        ),
+        Route(
+            "GET",
+            "/models/<model>",
+            decode_model,
+            doc=Doc(summary="Show an agent as a model", answers={200: (_Model,)}),
+        ),
+    ),
     encoder=make_encoder,
-    present=_present,
-    framing=Framing(heartbeat=comment(), farewell=_break_off, ends_at=frozenset({InputRequested})),
+    present=present,
+    framing=FRAMING,
     on_disconnect="cancel",
+    locate=locate,
     problem=refuse,
+    max_body=MAX_HISTORY,
 )

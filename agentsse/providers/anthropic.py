@@ -26,18 +26,20 @@ from typing import Any, ClassVar, Final, TypeAlias, assert_never
 import attrs
 
 from agentsse.events import AnyEvent, FinishReason, PartFinished, Usage
-from agentsse.providers import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    HttpRequest,
     Message,
-    Produced,
-    Prompt,
-    SseNormalizer,
     SystemMessage,
     ToolCall,
     ToolMessage,
     UserMessage,
+)
+from agentsse.providers import (
+    HttpRequest,
+    Produced,
+    Prompt,
+    SseNormalizer,
     decode_foreign,
     encode_raw,
     name_of,

@@ -47,6 +47,7 @@ from agentsse.events import (
     Usage,
     well_formed,
 )
+from agentsse.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentsse.process import CannotStart, Process, open_process, open_service_nursery
 
 from . import (
@@ -54,14 +55,9 @@ from . import (
     MAX_QUOTED,
     MIN_KEY,
     Accumulator,
-    AssistantMessage,
     Caller,
-    Message,
     Produced,
     Prompt,
-    SystemMessage,
-    ToolMessage,
-    UserMessage,
     blanked,
     decode_foreign,
     encode_raw,

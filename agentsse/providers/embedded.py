@@ -36,22 +36,24 @@ from agentsse.events import (
     PartStarted,
     well_formed,
 )
-
-from . import (
+from agentsse.messages import (
     AssistantMessage,
-    Caller,
-    Connection,
-    Finish,
     Message,
-    Normalizer,
-    Produced,
-    Prompt,
-    Provider,
     SystemMessage,
     ToolCall,
     ToolMessage,
     ToolSpec,
     UserMessage,
+)
+
+from . import (
+    Caller,
+    Connection,
+    Finish,
+    Normalizer,
+    Produced,
+    Prompt,
+    Provider,
     decode_foreign,
     encode_raw,
     name_of,

@@ -24,20 +24,22 @@ import attrs
 
 from agentsse.errors import ProviderError
 from agentsse.events import AnyEvent, FinishReason, ProviderEvent, Usage, well_formed
-
-from . import (
-    MAX_ERROR_BODY,
-    MAX_QUOTED,
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    HttpRequest,
-    Produced,
-    Prompt,
-    SseNormalizer,
     SystemMessage,
     ToolMessage,
     ToolSpec,
     UserMessage,
+)
+
+from . import (
+    MAX_ERROR_BODY,
+    MAX_QUOTED,
+    HttpRequest,
+    Produced,
+    Prompt,
+    SseNormalizer,
     decode_foreign,
     encode_raw,
     name_of,

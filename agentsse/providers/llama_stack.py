@@ -52,25 +52,27 @@ from agentsse.events import (
     well_formed,
 )
 from agentsse.http import HttpClient, open_http
+from agentsse.messages import (
+    AssistantMessage,
+    Echo,
+    Message,
+    SystemMessage,
+    ToolMessage,
+    ToolSpec,
+    UserMessage,
+)
 
 from . import (
     MAX_ERROR_BODY,
     MAX_QUOTED,
     MIN_KEY,
-    AssistantMessage,
     Caller,
-    Echo,
     HttpConnection,
     HttpProvider,
     HttpRequest,
-    Message,
     Produced,
     Prompt,
     SseNormalizer,
-    SystemMessage,
-    ToolMessage,
-    ToolSpec,
-    UserMessage,
     decode_foreign,
     encode_raw,
     name_of,

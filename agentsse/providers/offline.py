@@ -31,8 +31,9 @@ from agentsse.events import (
     PartStarted,
     encode_json,
 )
+from agentsse.messages import Message, ToolMessage, UserMessage
 
-from . import Caller, Finish, Message, Prompt, ToolMessage, UserMessage
+from . import Caller, Finish, Prompt
 
 PACE = 0.02  # seconds between two pieces of an answer: a terminal shows it live, nobody waits long
 QUESTION_CHARACTERS = 2_000  # that are looked at: what is asked comes first, or is no question

@@ -32,20 +32,22 @@ from agentsse.events import (
     decode_json,
     well_formed,
 )
-from agentsse.sse import Frame
-
-from . import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    HttpRequest,
     Message,
-    Produced,
-    Prompt,
-    SseNormalizer,
     SystemMessage,
     ToolCall,
     ToolMessage,
     UserMessage,
+)
+from agentsse.sse import Frame
+
+from . import (
+    HttpRequest,
+    Produced,
+    Prompt,
+    SseNormalizer,
     encode_raw,
     number,
     object_of,

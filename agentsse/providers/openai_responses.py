@@ -31,17 +31,19 @@ from agentsse.events import (
     Usage,
     well_formed,
 )
-
-from . import (
+from agentsse.messages import (
     AssistantMessage,
     Echo,
-    HttpRequest,
     Message,
-    Prompt,
-    SseNormalizer,
     SystemMessage,
     ToolMessage,
     UserMessage,
+)
+
+from . import (
+    HttpRequest,
+    Prompt,
+    SseNormalizer,
     decode_foreign,
     encode_raw,
     name_of,

@@ -71,6 +71,14 @@ class MemoryStore(Generic[T]):
         """When the oldest one's time is over."""
         return next((kept.since + self.max_age for kept in self._kept.values()), None)
 
+    def drop(self, run_id: str) -> T | None:
+        """Give back what is kept under that id, and keep it no longer."""
+        kept = self._kept.pop(run_id, None)
+        if kept is None:
+            return None
+        self.size -= kept.size
+        return kept.record
+
     def _evict(self) -> T:
         _, kept = self._kept.popitem(last=False)
         self.size -= kept.size
