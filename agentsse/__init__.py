@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .agents import Agent as Agent, agent as agent
+    from .client import Client as Client, ServerError as ServerError, open_client as open_client
     from .context import (
         RunContext as RunContext,
         ask_user as ask_user,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Agent": "agentsse.agents",
     "AgentError": "agentsse.errors",
+    "Client": "agentsse.client",
     "FlowStep": "agentsse.flows",
     "Option": "agentsse.events",
     "Question": "agentsse.events",
     "RunContext": "agentsse.context",
+    "ServerError": "agentsse.client",
     "Tool": "agentsse.tools",
     "ToolError": "agentsse.errors",
     "Toolset": "agentsse.tools",
@@ -45,6 +48,7 @@ _HOMES = {
     "flow": "agentsse.flows",
     "is_cancelled": "agentsse.tools",
     "make_provider": "agentsse.server",
+    "open_client": "agentsse.client",
     "run_program": "agentsse.tools",
     "tool": "agentsse.tools",
     "write_output": "agentsse.tools",

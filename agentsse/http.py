@@ -1,4 +1,4 @@
-"""The one HTTP client: it posts a request and hands over the bytes of the answer as they come.
+"""The one HTTP client: it sends a request and hands over the bytes of the answer as they come.
 
 Knows: connections, TLS, proxies, and when it is worth reading. Must never know what the bytes mean,
 whose API it is, or who is served with it.
@@ -8,6 +8,7 @@ two reads of a stream a window passes, in which the kernel gathers what comes; t
 costs, not the bytes. The pacing is below TLS, so that one read takes all records that are there.
 And whoever calls a model often must not search all connections of everybody for a free one: each
 client has its own, each request has one for itself, and they share nothing but the TLS context.
+Whoever wants each byte as it comes asks for no window, and has no pace.
 
 What goes wrong on the way is a `ProviderError`. There is no time limit here but for connecting:
 callers have scopes for that. Nothing is sent twice: what may be tried again is for callers to say.
@@ -21,7 +22,7 @@ import re
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import Any, Final
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
@@ -359,6 +360,7 @@ class _Body:
     peer: _Peer
     network: _NetworkStream
     chunked: ChunkedBody | None
+    is_torn: bool = False
 
     def __aiter__(self) -> "_Body":
         return self
@@ -368,9 +370,19 @@ class _Body:
             body = self.chunked
             if body is not None and (data := await self.network.read_chunked(body)):
                 return data
-            return await anext(self.chunks)
+            return await self._rest()
         except _FAILURES as error:
             raise self.peer.failed(error, self.network.paced) from error
+
+    async def _rest(self) -> bytes:
+        """Read what the parser is to read: a generator, which a cancel ends as if all had come."""
+        if self.is_torn:
+            raise httpcore2.ReadError("a read of this body was cancelled")
+        try:
+            return await anext(self.chunks)
+        except trio.Cancelled:
+            self.is_torn = True
+            raise
 
 
 @attrs.frozen(eq=False)
@@ -382,6 +394,8 @@ class Response:
         headers: By lower-case name; of several of one name the last.
         chunks: The body, cut anywhere; it raises `ProviderError` where it breaks off. It may be
             read once, and only before the context is left. Who does not read holds up the server.
+            A read that is cancelled loses nothing of a chunked body, and the next one goes on; any
+            other body cannot be read on, and says so.
     """
 
     status: int
@@ -413,16 +427,23 @@ class HttpClient:
     open_tcp: OpenTcp
     _idle: dict[_Peer, list[_Line]] = attrs.field(factory=dict)
 
-    @asynccontextmanager
-    async def post(
+    def post(
         self, url: str, *, headers: Mapping[str, str], body: bytes
+    ) -> AbstractAsyncContextManager[Response]:
+        """Post; see `request`."""
+        return self.request("POST", url, headers=headers, body=body)
+
+    @asynccontextmanager
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[Response]:
-        """Post, and open the answer; leaving the context closes it, and what is behind it.
+        """Send a request, and open the answer; leaving the context closes it, and its stream.
 
         Args:
+            method: GET, POST, PUT, DELETE, or whatever the server knows; not CONNECT.
             url: http or https. Proxies are taken from the environment, as every program does.
             headers: Beside those that HTTP itself needs.
-            body: All of it.
+            body: All of it; None where there is none.
 
         Raises:
             ProviderError: The server could not be reached, went away, broke the protocol, or has
@@ -436,9 +457,10 @@ class HttpClient:
         peer = _Peer(f"{parts.scheme}://{host}", host, proxy_of(url))
         sent = {"host": host, "accept-encoding": "identity", "user-agent": "agentsse"}
         sent |= {name.lower(): value for name, value in headers.items()}
-        sent["content-length"] = str(len(body))
+        if body is not None:
+            sent["content-length"] = str(len(body))
         _see_that_they_can_be_sent(peer, sent)
-        request = httpcore2.Request("POST", url, headers=list(sent.items()), content=body)
+        request = httpcore2.Request(method, url, headers=list(sent.items()), content=body)
         async with self._line(peer) as line:
             try:
                 answer = await line.pool.handle_async_request(request)

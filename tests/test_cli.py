@@ -3,21 +3,33 @@
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from functools import partial
 
+import attrs
 import httpx2
 import pytest
 import trio
+from cutting import Cut, open_cutter
+from raw import wait_until
 
+from agentsse import agent, tool
+from agentsse.app import AppOptions
 from agentsse.cli import LogWriter, _reporter
-from agentsse.events import Custom, PartDelta, RunFinished, decode_event
-from agentsse.testing import read_events
+from agentsse.client import open_client
+from agentsse.dialects import OpenThread, SetTrigger
+from agentsse.dialects.native import NATIVE
+from agentsse.events import Custom, Option, PartDelta, Question, RunFinished, decode_event
+from agentsse.sse import comment, retry
+from agentsse.testing import open_server, read_events
 
+WHALE = "🐋"
 PIPE = 64 * 1024  # bytes that a pipe holds
 TOO_MANY = 25_000  # lines; more than wait in the writer and in the pipe together
 
@@ -450,6 +462,368 @@ async def test_a_reader_that_leaves_the_pipe_cancels_the_run(agents):
         )
     assert done.stdout.count(b"\n") == 1
     assert b"Traceback" not in done.stderr
+
+
+# Looking on at a server's runs, and cancelling them
+
+
+@tool
+async def lookup(name: str) -> str:
+    """Look a name up."""
+    await trio.lowlevel.checkpoint()
+    return f"{name} is here"
+
+
+@agent(tools=[lookup])
+async def talker(run, input):
+    """Say things of many kinds, with a whale in them."""
+    with run.step("look around"):
+        await run.call("lookup", {"name": WHALE})
+    run.emit("seen", whale=WHALE)
+    for word in input["words"]:
+        run.text(word)
+        await trio.sleep(0.001)
+    return "done"
+
+
+@agent
+async def asking(run, input):
+    """Ask one thing of each kind."""
+    options = (Option(id="a'b"), Option(id="c"))
+    return await run.ask(
+        [
+            Question(id="q1", kind="text", prompt="Your name?"),
+            Question(id="q2", kind="confirm", prompt="Sure?"),
+            Question(id="q3", kind="choice", prompt="Which?", options=options),
+            Question(id="q4", kind="choices", prompt="Which ones?", options=options),
+        ]
+    )
+
+
+@agent
+async def spinning(run, input):
+    """Go on for ever."""
+    run.text("round")
+    await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def site(**options):
+    """A server in this process, its URL, and a client of it."""
+    with trio.fail_after(60):
+        async with (
+            open_server(talker, asking, spinning, **options) as server,
+            open_client(server.urls[0]) as client,
+        ):
+            yield server, server.urls[0], client
+
+
+async def told(*arguments, code=0):
+    """What a command prints, once it has ended with this code: its lines, and its errors."""
+    done = await trio.run_process(
+        [sys.executable, "-m", "agentsse", *arguments],
+        capture_stdout=True, capture_stderr=True, check=False,
+    )  # fmt: skip
+    errors = done.stderr.decode()
+    assert code == done.returncode, errors
+    assert "Traceback" not in errors
+    return done.stdout.decode().splitlines(), errors
+
+
+@attrs.define
+class Watching:
+    """A `watch` that goes on."""
+
+    process: trio.Process
+    stdout: trio.abc.ReceiveStream
+    read: bytearray = attrs.field(factory=bytearray)
+
+    async def until(self, words):
+        """Read on until it has said this; all it has said."""
+        while words not in self.read:
+            chunk = await self.stdout.receive_some()
+            assert chunk, f"it ended early: {(await self.process.stderr.receive_some()).decode()}"
+            self.read.extend(chunk)
+        return self.read.decode()
+
+    async def end(self):
+        """Read on to the end; what it has said, and its exit code."""
+        async for chunk in self.stdout:
+            self.read.extend(chunk)
+        return self.read.decode(), await self.process.wait()
+
+
+@asynccontextmanager
+async def watching(*arguments, stdout=subprocess.PIPE):
+    """A `watch` that is read while it goes on; it is ended by its own id."""
+    process = await trio.lowlevel.open_process(
+        [sys.executable, "-m", "agentsse", "watch", *arguments],
+        stdout=stdout, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield Watching(process, process.stdout)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        with trio.move_on_after(10, shield=True):
+            await process.wait()
+        await process.stderr.aclose()
+        if process.stdout is not None:
+            await process.stdout.aclose()
+
+
+async def test_watch_prints_a_run_as_it_comes():
+    """What it was given, steps, tools, text as it comes, and how it ended; the exit code is 0."""
+    async with site() as (_server, url, client):
+        started = await client.start("talker", {"words": ["one ", "two"]})
+        lines, errors = await told("watch", f"{url}/runs/{started.id}")
+        again, _errors = await told("watch", f"{url}/runs/{started.id}/events?after=1")
+    assert [
+        f"run {started.id} of talker",
+        '> {"words":["one ","two"]}',
+        "step look around",
+        f'  lookup {{"name":"{WHALE}"}}',
+        f'  lookup gave "{WHALE} is here"',
+        f'  seen {{"whale":"{WHALE}"}}',
+        "one two",
+        "success",
+    ] == lines
+    assert lines[2:] == again
+    assert errors == ""
+
+
+async def test_watch_prints_events_as_lines_of_json():
+    """`--json` is one event a line, the same as on the wire; `types` chooses."""
+    async with site() as (server, url, client):
+        started = await client.start("talker", {"words": ["x"]})
+        lines, _errors = await told("watch", "--json", f"{url}/runs/{started.id}")
+        chosen, _errors = await told("watch", "--json", f"{url}/runs/{started.id}?types=custom")
+        [run] = list(server.runs)
+    assert list(run.log.events) == [decode_event(line) for line in lines]
+    assert ["custom", "run_finished"] == [json.loads(line)["type"] for line in chosen]
+
+
+async def test_watch_resumes_by_itself_and_says_so():
+    """A connection that breaks costs a line on standard error, and nothing on standard output."""
+    eager = attrs.evolve(NATIVE.framing, prelude=retry(1) + comment("agentsse"))
+    async with site(dialects=(attrs.evolve(NATIVE, framing=eager),)) as (_server, url, client):
+        started = await client.start("talker", {"words": ["one ", "two"]})
+        cut = Cut(f'"seen","value":{{"whale":"{WHALE}'.encode()[:-2])
+        async with open_cutter(url, cut) as cutter:
+            lines, errors = await told("watch", f"{cutter.url}/runs/{started.id}")
+        whole, _errors = await told("watch", f"{url}/runs/{started.id}")
+    assert whole == lines
+    assert errors.startswith("agentsse: 127.0.0.1:")
+    assert errors.endswith("; back in 0.0 s\n")
+    assert 1 == errors.count("\n")
+
+
+async def test_watch_shows_a_question_and_what_to_type():
+    """The line below it answers, pasted into a shell; each place has an answer of its kind."""
+    async with site() as (_server, url, client):
+        started = await client.start("asking")
+        async with watching(f"{url}/runs/{started.id}") as looker:
+            shown = (await looker.until(b"/input\n")).splitlines()
+            _curl, _d, body, place = shlex.split(shown[-1])
+            answer = json.loads(body)
+            await client.answer(started.id, answer["answers"], request_id=answer["request_id"])
+            rest, code = await looker.end()
+    assert [
+        "? Your name?",
+        "? Sure? (yes or no)",
+        "? Which? (a'b, c)",
+        "? Which ones?",
+    ] == shown[2:-1]
+    assert f"{url}/runs/{started.id}/input" == place
+    assert {"q1": "...", "q2": True, "q3": "a'b", "q4": ["a'b", "c"]} == answer["answers"]
+    assert '  answered {"q1":"...","q2":true,"q3":"a\'b","q4":["a\'b","c"]}' in rest.splitlines()
+    assert 0 == code
+
+
+async def test_watch_shows_a_whole_server():
+    """Each line stands below the name of its run; what came without deltas is shown as a whole."""
+    async with site() as (server, url, client), watching(f"{url}/events") as looker:
+        await wait_until(lambda: server.runs.feed.is_read)
+        first = await client.start("spinning", "x", thread_id="t")
+        await looker.until(b'> "x"\n')
+        second = await client.start("talker", {"words": ["one ", "two"]})
+        await looker.until(b"success\n")
+        await client.cancel(first.id)
+        shown = await looker.until(b"cancelled: ")
+    lines = shown.splitlines()
+    assert [f"run {first.id} of spinning", '> "x"', f"run {second.id} of talker"] == lines[:3]
+    assert ["one two", "success", f"run {first.id}", "round"] == lines[-5:-1]
+
+
+async def test_watch_shows_a_thread_until_it_is_closed():
+    """What is said to it, its triggers, and its runs; an end of the thread is the end."""
+    async with site() as (server, url, client), watching(f"{url}/threads/my%20t") as looker:
+        await wait_until(lambda: server.runs.find_thread("my t") is not None)
+        server.app.threads.open(OpenThread(thread_id="my t", agent="spinning"), default=None)
+        server.app.threads.set_trigger(
+            SetTrigger(thread_id="my t", trigger_id="hourly", every=3600.0, text="Look.")
+        )
+        told_so = await client.tell_thread("my t", "hello")
+        await looker.until(b"round")
+        await client.tell(told_so.run.id, "more")
+        await looker.until(b"> more")
+        await server.app.threads.close("my t")
+        shown, code = await looker.end()
+    lines = shown.splitlines()
+    assert 0 == code
+    assert "  trigger hourly available" in lines
+    assert ["round", "> more"] == lines[lines.index("> more") - 1 :][:2]
+    assert lines[-1].startswith("cancelled: cause client_cancel")
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM])
+async def test_interrupt_ends_a_watch_and_leaves_the_run(way):
+    """^C is leaving: what becomes of the run is its policy's to say. The exit code is 130."""
+    async with site() as (server, url, client):
+        kept = await client.start("spinning")
+        left = await client.start("spinning", on_disconnect="cancel")
+        for run in (kept, left):
+            async with watching(f"{url}/runs/{run.id}") as looker:
+                await looker.until(b"round")
+                looker.process.send_signal(way)
+                shown, code = await looker.end()
+                assert 130 == code
+                assert b"" == await looker.process.stderr.receive_some()
+        await server.runs.find(left.id).done.wait()
+        assert "running" == (await client.show(kept.id)).state
+        assert "disconnect" == (await client.show(left.id)).receipt.cause
+        await client.cancel(kept.id)
+    assert "round" in shown
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("error", 1), ("cancelled", 3)])
+async def test_watch_tells_how_a_run_ended_by_its_exit_code(outcome, code):
+    """As `run` does; behind the end there is nothing, which is no error."""
+    async with site() as (server, url, client):
+        started = await client.start("talker" if outcome == "error" else "spinning", {})
+        run = server.runs.find(started.id)
+        if outcome == "cancelled":
+            await client.cancel(started.id)
+        await run.done.wait()
+        lines, _errors = await told("watch", f"{url}/runs/{started.id}/", code=code)
+        behind, _errors = await told("watch", f"{url}/runs/{started.id}?after={run.log.end}")
+    assert lines[-1].startswith(outcome)
+    assert behind == []
+
+
+async def test_a_reader_that_leaves_a_watch_is_followed():
+    """`agentsse watch ... | head -1` ends, without a word; the run goes on."""
+    async with site() as (server, url, client):
+        started = await client.start("spinning", on_disconnect="continue")
+        reading, writing = os.pipe()
+        async with watching(f"{url}/runs/{started.id}", stdout=writing) as looker:
+            os.close(writing)
+            async with trio.lowlevel.FdStream(reading) as pipe:
+                await pipe.receive_some(1)
+            await client.tell(started.id, "more")
+            await client.tell(started.id, "and more")
+            assert 141 == await looker.process.wait()
+            assert b"" == await looker.process.stderr.receive_some()
+        assert "running" == (await client.show(started.id)).state
+        assert server.runs.unfinished()
+        await client.cancel(started.id)
+
+
+async def test_a_watch_at_a_terminal_shows_what_it_would_obey():
+    """Colours are ours; whatever else a model writes to a terminal is a picture of itself."""
+    async with site() as (_server, url, client):
+        words = ["a\x1b[2J\x9b\x7f\r", f"{WHALE}\t\n"]
+        started = await client.start("talker", {"words": words})
+        ours, theirs = pty.openpty()
+        async with watching(f"{url}/runs/{started.id}", stdout=theirs) as looker:
+            os.close(theirs)
+            shown = b""
+            async with trio.lowlevel.FdStream(ours) as terminal:
+                while b"success" not in shown:
+                    shown += await terminal.receive_some()
+                assert 0 == await looker.process.wait()
+    assert f"\r\na␛[2J\ufffd␡␍{WHALE}\t\r\n".encode() in shown
+    assert b"\x1b[32msuccess\x1b[0m" in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("{url}/runs/nobody", "a run that goes on or is still kept, got 'nobody'"),
+        ("{url}", "expected the URL of a run, such as http://127.0.0.1:8080/runs/ID"),
+        ("{url}/runs", "expected the URL of a run"),
+        ("{url}/runs/x?dialect=hive", "got 'dialect' in its query"),
+        ("{url}/events?types=wether", "types: expected"),
+        ("{url}/runs/x?after=y", "expected '7', '7.1' or '0'"),
+        ("ftp://127.0.0.1/runs/x", "expected the URL of a server"),
+        ("127.0.0.1:{free}/runs/x", "is the server running? `agentsse serve` starts one"),
+        ("http://127.0.0.1:{other}/runs/x", "is the URL right?"),
+    ],
+)
+async def test_watch_says_why_it_cannot(url, words):
+    """A wrong URL, nobody there, nothing of that name, somebody else: one line, and exit code 2."""
+
+    async def answer(stream):
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 5\r\n\r\n<htm>")
+
+    async with site() as (_server, served, _client), trio.open_nursery() as nursery:
+        listeners = await nursery.start(
+            partial(trio.serve_tcp, answer, 0, host="127.0.0.1", handler_nursery=nursery)
+        )
+        other = listeners[0].socket.getsockname()[1]
+        lines, errors = await told(
+            "watch", url.format(url=served, free=free_port(), other=other), code=2
+        )
+        nursery.cancel_scope.cancel()
+    assert [] == lines
+    assert errors.startswith("agentsse: ")
+    assert words in errors
+    assert 1 == errors.count("\n")
+
+
+async def test_cancel_prints_the_receipt():
+    """It ends the run and says how; of one that is over already it says the same."""
+    async with site() as (server, url, client):
+        started = await client.start("spinning")
+        first, _errors = await told("cancel", f"{url}/runs/{started.id}", "--reason", "enough")
+        second, _errors = await told("cancel", f"{url}/runs/{started.id}/events")
+        run = server.runs.find(started.id)
+    assert first == second
+    assert 1 == len(first)
+    assert first[0].startswith("cancelled: ")
+    assert "cause client_cancel, gone in " in first[0]
+    assert "client_cancel" == run.end.receipt.cause
+
+
+async def test_cancel_says_what_it_cannot():
+    """No run, or none any more: exit code 2; a run that is not gone yet: 1."""
+    async with site() as (_server, url, _client):
+        _lines, errors = await told("cancel", f"{url}/threads/t", code=2)
+        assert "expected the URL of a run, such as http://127.0.0.1:8080/runs/ID" in errors
+        _lines, errors = await told("cancel", f"{url}/runs/nobody", code=2)
+        assert "got 'nobody'" in errors
+
+
+async def test_cancel_does_not_take_a_request_for_an_end():
+    """A run that shields itself longer than the server waits is said to be there still."""
+    opened = trio.Event()
+
+    @agent
+    async def stubborn(run, input):
+        with trio.CancelScope(shield=True):
+            await opened.wait()
+
+    options = attrs.evolve(AppOptions(), cancel_patience=0.01)
+    async with site() as (server, url, client):
+        server.runs.agents["stubborn"] = stubborn
+        server.app.options = options
+        started = await client.start("stubborn")
+        lines, _errors = await told("cancel", f"{url}/runs/{started.id}", code=1)
+        opened.set()
+        await server.runs.find(started.id).done.wait()
+    assert ["not gone yet: something in it shields itself; look again"] == lines
 
 
 def test_check_says_what_a_configuration_makes(tmp_path):

@@ -261,6 +261,96 @@ async def test_a_request_is_sent_as_it_is_given():
         ] == head.split(b"\r\n")
 
 
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
+async def test_a_request_may_have_no_body(method):
+    """Then nothing is said of its length; the answer streams like any other."""
+    heads = []
+
+    async def answer(visit):
+        for _ in range(2):
+            head, _body = await visit.read()
+            heads.append(head.split(b"\r\n"))
+            await visit.send(STREAM + chunk(b"a") + chunk(b"b") + END)
+
+    async with listening(answer) as server, open_http() as client:
+        for _ in range(2):
+            async with client.request(method, server.url, headers={"X-A": "1"}) as response:
+                assert b"ab" == b"".join([data async for data in response.chunks])
+        assert 1 == server.visits
+        expected = [
+            b"%b /v1?a=b HTTP/1.1" % method.encode(),
+            b"host: 127.0.0.1:%d" % server.port,
+            b"accept-encoding: identity",
+            b"user-agent: agentsse",
+            b"x-a: 1",
+        ]
+        assert [expected] * 2 == heads
+
+
+async def test_a_request_of_any_method_may_have_a_body():
+    """PUT what is to be there: it goes with its length, as a post does."""
+    seen = []
+
+    async def answer(visit):
+        seen.append(await visit.read())
+        await visit.send(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async with listening(answer) as server, open_http() as client:
+        async with client.request("PUT", server.url, headers={}, body=b"{}") as response:
+            assert 204 == response.status
+            assert [] == [data async for data in response.chunks]
+        [(head, body)] = seen
+        assert (b"PUT /v1?a=b HTTP/1.1", b"{}") == (head.split(b"\r\n")[0], body)
+        assert b"content-length: 2" in head
+
+
+async def read_with_patience(response, *, seconds):
+    """Read a body in steps that are cancelled after so long; what came, and how often it was."""
+    data, cancelled = b"", 0
+    while True:
+        with trio.move_on_after(seconds) as scope:
+            piece = await anext(response.chunks, None)
+            if piece is None:
+                return data, cancelled
+            data += piece
+        cancelled += scope.cancelled_caught
+
+
+async def test_a_read_of_chunks_that_is_cancelled_loses_nothing(autojump_clock):
+    """The next one goes on, wherever the bytes were cut."""
+    ours, theirs = memory_stream_pair()
+    body = STREAM + chunk(b"a" * 20) + chunk(b"b" * 20) + END
+    async with open_http(open_tcp=reaching(ours)) as client, trio.open_nursery() as nursery:
+
+        async def answer():
+            await theirs.receive_some()
+            for at in range(len(STREAM), len(body) - len(END)):
+                await theirs.send_all(body[at : at + 1] if at > len(STREAM) else body[: at + 1])
+                await trio.sleep(1)
+            await theirs.send_all(END)
+
+        nursery.start_soon(answer)
+        async with client.request("GET", "http://there/", headers={}) as response:
+            data, cancelled = await read_with_patience(response, seconds=0.7)
+    assert b"a" * 20 + b"b" * 20 == data
+    assert cancelled > 10
+
+
+async def test_a_read_of_any_other_body_that_is_cancelled_ends_it(autojump_clock):
+    """What follows is an error, and not an end: nobody takes half a body for a whole one."""
+    ours, theirs = memory_stream_pair()
+    async with open_http(open_tcp=reaching(ours)) as client:
+        await theirs.send_all(OK + b"\r\nhalf")
+        async with client.request("GET", "http://there/", headers={}) as response:
+            assert b"half" == await anext(response.chunks)
+            with trio.move_on_after(1):
+                await anext(response.chunks)
+            for _ in range(2):
+                with pytest.raises(ProviderError, match="a read of this body was cancelled") as c:
+                    await anext(response.chunks)
+                assert "incomplete" == c.value.code
+
+
 async def test_an_address_of_ipv6_stands_in_brackets():
     """As RFC 9110 has it in Host; and it is reached without them."""
     ours, theirs = memory_stream_pair()

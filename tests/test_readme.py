@@ -54,7 +54,7 @@ async def test_the_flow_in_the_readme_runs(autojump_clock):
 async def test_the_test_in_the_readme_passes():
     """The example of `agentsse.testing` works as it is printed."""
     scope = {}
-    exec(compile(blocks("python")[2], "README.md", "exec"), scope)
+    exec(compile(blocks("python")[3], "README.md", "exec"), scope)
     with trio.fail_after(30):
         await scope["test_it"]()
     assert scope["helper"].function.provider.open_streams == 0
