@@ -34,11 +34,15 @@ from .config import AgentSettings, ProviderSettings, Settings, load_object
 from .context import Limits
 from .dialects import Dialect
 from .dialects.agentlang import AGENTLANG
+from .dialects.agui import AGUI
 from .dialects.hive import HIVE
 from .dialects.kilroy import KILROY
+from .dialects.langgraph import LANGGRAPH
 from .dialects.lightspeed import LIGHTSPEED
 from .dialects.native import NATIVE
 from .dialects.openai_chat import OPENAI_CHAT
+from .dialects.openai_responses import OPENAI_RESPONSES
+from .dialects.vercel import VERCEL
 from .errors import ConfigError
 from .guide import guide
 from .listener import Counts, ListenerOptions, open_sockets, serve as listen
@@ -49,7 +53,11 @@ from .tools import Tool, Toolset
 
 DIALECTS: tuple[Dialect, ...] = (
     NATIVE,
+    AGUI,
+    VERCEL,
     OPENAI_CHAT,
+    OPENAI_RESPONSES,
+    LANGGRAPH,
     AGENTLANG,
     LIGHTSPEED,
     KILROY,

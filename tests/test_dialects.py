@@ -21,7 +21,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from agentsse import Agent, RunContext, agent, tool
 from agentsse.dialects import Dialect
-from agentsse.events import AnyEvent, RunFinished
+from agentsse.events import AnyEvent, InputRequested, RunFinished
 from agentsse.server import DIALECTS, Server
 from agentsse.sse import Frame
 from agentsse.testing import ScriptedProvider, ask_for, open_server, say
@@ -31,6 +31,10 @@ PATIENCE = 30.0  # seconds until a test that hangs has failed
 # How a stream in each dialect says that the run is over, given the frames of it.
 ENDS: dict[str, Callable[[Frame], bool]] = {
     "native": lambda frame: frame.event == "run_finished",
+    "agui": lambda frame: json.loads(frame.data)["type"] in ("RUN_FINISHED", "RUN_ERROR"),
+    "vercel": lambda frame: frame.data == "[DONE]",
+    "openai_responses": lambda frame: frame.data == "[DONE]",
+    "langgraph": lambda frame: frame.event in ("end", "error"),
     "agentlang": lambda frame: (
         frame.event == "result" or (frame.event == "error" and json.loads(frame.data)["terminal"])
     ),
@@ -47,7 +51,7 @@ NAMES = sorted(ENDS)
 
 # Their responses end at a question to a person, and the next one tells what follows; whoever only
 # watches sees both.
-END_AT_QUESTIONS = ("agentlang", "lightspeed", "openai_chat")
+END_AT_QUESTIONS = tuple(each.name for each in DIALECTS if InputRequested in each.framing.ends_at)
 
 
 @attrs.define(eq=False)
@@ -221,6 +225,9 @@ async def test_one_run_is_watched_in_every_dialect_at_once_and_encoded_once_in_e
 
 CANCELS: dict[str, Callable[[str], tuple[str, dict[str, str]]]] = {
     "native": lambda run_id: (f"/runs/{run_id}/cancel", {"reason": "enough"}),
+    "agui": lambda run_id: (f"/agui/endless/runs/{run_id}/cancel", {}),
+    "vercel": lambda _run_id: ("/api/chat/t/stop", {}),
+    "langgraph": lambda run_id: (f"/langgraph/threads/t/runs/{run_id}/cancel?wait=1", {}),
     "lightspeed": lambda run_id: (
         "/v1/streaming_query/interrupt",
         {"request_id": str(uuid.UUID(hex=run_id))},
