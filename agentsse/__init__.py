@@ -54,6 +54,8 @@ _HOMES = {
     "write_output": "agentsse.tools",
 }
 
+__version__ = "0.1.0"  # as in pyproject.toml; to ask what is installed would take 20 ms
+
 __all__ = [  # noqa: PLE0604  # the names above, which type checkers see and Python makes
     *_HOMES
 ]

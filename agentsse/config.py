@@ -10,13 +10,11 @@ What an alias below says in `description` is what a message says was expected: c
 """
 
 import contextlib
-import difflib
 import importlib
 import os
 import re
 import reprlib
 import sys
-import sysconfig
 import tomllib
 import traceback
 from collections.abc import Collection, Iterator, Mapping
@@ -629,6 +627,8 @@ def _came(value: object, place: _Place) -> str:
 
 def _similar(name: str, known: Collection[str], *, cutoff: float = 0.6) -> str:
     """A guess at what `name` should have been, or nothing; `cutoff` is difflib's."""
+    import difflib  # noqa: PLC0415  # only for what is wrong
+
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -693,6 +693,8 @@ def _author_line(error: BaseException) -> str:
     """The last line of the author's own code that an exception came through."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
+    import sysconfig  # noqa: PLC0415  # only for what is wrong
+
     installed = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
     others = ("<frozen ", *(f"{folder}{os.sep}" for folder in [Path(__file__).parent, *installed]))
     frames = traceback.extract_tb(error.__traceback__)

@@ -366,9 +366,8 @@ class RunContext:
         self.writer.append(event)  # raises before anything is noted
         if type(event) in _FOLLOWED:
             self._follow(event)  # type: ignore[arg-type]  # isinstance costs six times the test
-        if self.is_full:
-            return
-        if log.size >= self.limits.max_bytes or len(log.events) >= self.limits.max_events:
+        is_over = log.size >= self.limits.max_bytes or len(log.events) >= self.limits.max_events
+        if is_over and not self.is_full:
             self.is_full = True
             self.host.limit_reached(f"{len(log.events)} events, {log.size} bytes")
 
@@ -1078,7 +1077,10 @@ def emit(name: str, /, **data: Any) -> None:
     context = _current.get()
     if context is None:
         return
-    context.hand_in(_emitted(name, data))
+    if threading.get_ident() == context.loop_thread:
+        context.append(_emitted(name, data))
+    else:
+        context.hand_in(_emitted(name, data))
 
 
 def _emitted(name: str, data: dict[str, Any]) -> Custom:

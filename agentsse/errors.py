@@ -91,6 +91,13 @@ class NotAsked(Conflict):
     code = "not_asked"
 
 
+class BodyTimeout(AgentsseError):
+    """A request whose body did not come in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
 class TooLarge(AgentsseError):
     """A body over the limit."""
 

@@ -527,8 +527,9 @@ def encode_json(value: object, *, what: str = "the value") -> Raw:
             f"{what}: expected what JSON can hold, got {_culprit(value, '$')}; "
             "turn it into strings, finite numbers, booleans, lists and dicts"
         ) from error
-    # msgspec writes NaN and infinity as null: only then is a closer look needed.
-    if encoded.find(b"null") >= 0 and (place := _not_finite(value, "$")) is not None:
+    # msgspec writes NaN and infinity as null: only then is a closer look needed. To look for it by
+    # `find` takes as long as to encode; `in` takes longer.
+    if encoded.partition(b"null")[1] and (place := _not_finite(value, "$")) is not None:
         raise Unencodable(
             f"{what}: expected finite numbers, got {place}; JSON has no NaN and no infinity"
         )

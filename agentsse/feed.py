@@ -41,13 +41,15 @@ class Feed:
     Attributes:
         epoch: What its ids begin with.
         first: The number of the oldest event that is held.
-        is_used: Whether anybody has ever read it.
+        when_used: Called when somebody reads it for the first time.
+        is_used: Whether anybody ever has.
         is_over: Whether nothing follows; readers end when they have taken what there is.
     """
 
     stamps: Stamps
     max_events: int = MAX_EVENTS
     max_bytes: int = MAX_BYTES
+    when_used: Callable[[], object] = lambda: None
     epoch: str = attrs.field(factory=lambda: secrets.token_hex(4))
     first: int = 1
     is_used: bool = False
@@ -157,7 +159,9 @@ class Feed:
         rendering.readers += 1
         reader = FeedReader(self, rendering, begin, part, self.last, wanted, missed, greeting)
         self._readers.add(reader)
-        self.is_used = True
+        if not self.is_used:
+            self.is_used = True
+            self.when_used()
         return reader
 
     def detach(self, reader: "FeedReader") -> None:

@@ -14,7 +14,10 @@ a stream. So the connection here is ours; nothing of Hypercorn is patched, only 
 - What a connection raises ends that connection, is logged without a byte of the request, and goes
   no further. Only cancellation and KeyboardInterrupt pass.
 - Between the start and the end of a response the application writes through the `Wire`, found at
-  `scope["state"]["wire"]`: to the socket, in one system call, past Hypercorn and h11.
+  `scope["state"]["wire"]`: to the socket, in one system call, past Hypercorn and h11. The head goes
+  out with the first of these writes, and the end may take the last one along.
+- A client that leaves is told by a call, `Wire.when_left`: to wait for `http.disconnect` would take
+  a task for every stream.
 - HTTP/1.1 and 1.0 only. An upgrade (h2c, WebSocket) is answered as a plain request, which RFC 9110
   7.8 allows; a proxy terminates HTTP/2.
 
@@ -30,9 +33,9 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
-from functools import partial
 from math import inf
-from typing import Any, Final, final
+from typing import Any, Final, Never, final
+from urllib.parse import unquote
 
 import attrs
 import h11
@@ -45,11 +48,10 @@ from hypercorn.protocol.events import (
     Body,
     EndBody,
     Event as StreamEvent,
-    Request,
     Response,
+    StreamClosed,
 )
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
@@ -57,18 +59,28 @@ from hypercorn.typing import (
     ASGIFramework,
     ConnectionState,
     H11SendableEvent,
+    HTTPScope,
     LifespanState,
 )
-from hypercorn.utils import parse_socket_addr, repr_socket_addr, suppress_body
+from hypercorn.utils import (
+    build_and_validate_headers,
+    parse_socket_addr,
+    repr_socket_addr,
+    suppress_body,
+)
 
 Log = Callable[..., None]  # log(event, **facts), as a bound structlog method
 
 MAX_RECEIVE: Final = 64 * 1024  # bytes; one read of a request body, Hypercorn's own figure
 MAX_AHEAD: Final = 64 * 1024  # bytes of pipelined requests held while a response is under way
+MAX_UNREAD: Final = 256 * 1024  # bytes of a body that the application has not received yet
 AHEAD_PATIENCE: Final = 1.0  # s for the response to end once MAX_AHEAD is full; see _wait_for_turn
 LINGER: Final = 2.0  # s to read on after an early FIN, so that the peer gets the answer and no RST
 MAX_REFUSALS: Final = 64  # refused connections that may linger at once; those above get an RST
 FAIR_SHARE: Final = 16 * 1024  # bytes written between two yields: about 1 ms of small writes
+FULL_ERRORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+FULL_PAUSE: Final = 0.1  # s to the next try to accept, when the system has no room for a connection
+LEAVE_TOGETHER: Final = 100  # clients in one pass of the loop; 20 to 30 ms for all that it takes
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST, drops buffers
 
 
@@ -255,6 +267,23 @@ class Wire:
         self._chunked: bool | None = None  # None: no response body is under way
         self._busy = False
         self._unyielded = 0  # bytes since the last yield
+        self._held: list[bytes] = []  # goes out with the next bytes
+        self._leave: Callable[[], bool] | None = None
+        self._is_left = False
+
+    def when_left(self, call: Callable[[], bool]) -> None:
+        """End with the client: if it leaves before the response ends, `call` is called, once.
+
+        It is sync, and says whether the response will now end by itself; if not, everything that
+        serves the connection is cancelled. Who asks too late is called at once, and has nothing
+        more to do. To leave is to close, to reset, or to send FIN behind the request: who only
+        half-closes is not told from who is gone. The next request asks anew; who does not ask is
+        told `http.disconnect`, as in ASGI.
+        """
+        if self._is_left:
+            call()
+        else:
+            self._leave = call
 
     async def write(self, data: bytes | memoryview) -> None:
         """Send one chunk of the response body, framed as the request's HTTP version asks.
@@ -265,7 +294,8 @@ class Wire:
 
         Args:
             data: Bytes of the body, better not above 64 KiB: one write deadline is for all of it.
-                Empty data writes nothing (an empty chunk would end the body).
+                Empty data writes no chunk (an empty one would end the body), but what is held: the
+                head.
 
         Raises:
             SlowClient: The peer took too little within the write deadline; connection aborted.
@@ -280,12 +310,25 @@ class Wire:
                 "expected a response that has started, not ended, with a body and without"
                 " content-length; send http.response.start first",
             )
-        if not data:
-            await trio.lowlevel.checkpoint()
-        elif self._chunked:
-            await self._send(b"".join((b"%x\r\n" % len(data), data, b"\r\n")))
+        if data:
+            await self._send(self._framed(data))
+        elif self._held:
+            await self._send(b"")
         else:
-            await self._send(data)
+            await trio.lowlevel.checkpoint()
+
+    def write_with_end(self, data: bytes) -> None:
+        """Have the end of the body take a last chunk along: one system call for both.
+
+        Like `write` otherwise; nothing is said of a peer that is gone by then.
+        """
+        if self._chunked is None:
+            raise RuntimeError("expected a response that has started, not ended, with a body")
+        if data:
+            self._held.append(bytes(self._framed(data)))
+
+    def _framed(self, data: bytes | memoryview) -> bytes | memoryview:
+        return b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if self._chunked else data
 
     def abort(self) -> None:
         """Reset the connection at once; what the kernel still held for the peer is dropped.
@@ -317,20 +360,55 @@ class Wire:
     def _end(self) -> None:
         self._chunked = None
 
+    def _hold(self, head: bytes) -> None:
+        """Keep the head of a response for the first bytes behind it."""
+        self._held.append(head)
+
+    def _settle(self) -> None:
+        """Know nobody who wants to hear that the client leaves: the response is complete."""
+        self._leave = None
+
+    async def _cut(self) -> None:
+        """Send what is held of a response that gets no end, and tell nobody that they were left.
+
+        Clients may send a request again that has had no answer at all, and start it twice.
+        """
+        self._settle()
+        if self._held:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, SlowClient):
+                await self._send(b"")
+
+    def _tell_left(self) -> bool:
+        """Tell who wants to end with the client, if somebody does; and whether that takes force."""
+        self._is_left = True
+        leave, self._leave = self._leave, None
+        return leave is not None and not leave()
+
     async def _send(self, raw: bytes | memoryview) -> None:
         """Send bytes as they are; all that `write` says of errors and cancellation holds."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self._busy:
-            raise trio.BusyResourceError("another task is writing to this connection")
-        sent = self._send_nowait(raw) if self._direct else 0
-        if sent < len(raw):
-            await self._send_rest(memoryview(raw)[sent:])
-            return
-        self._unyielded += sent
+        if rest := self._send_at_once(raw):
+            await self._send_rest(rest)
+        else:
+            await self._yield_if_due()
+
+    async def _yield_if_due(self) -> None:
+        """Let others run, once in FAIR_SHARE bytes that went out without waiting."""
         if self._unyielded >= FAIR_SHARE:
             self._unyielded = 0
             # Not cancellable: all was sent, and an exception would say that it was not.
             await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _send_at_once(self, raw: bytes | memoryview) -> memoryview | None:
+        """Send what is held, and these bytes, as far as the kernel takes them; return the rest."""
+        if self._busy:
+            raise trio.BusyResourceError("another task is writing to this connection")
+        if self._held:
+            raw = b"".join((*self._held, raw))
+            self._held.clear()
+        sent = self._send_nowait(raw) if self._direct and raw else 0
+        self._unyielded += sent
+        return memoryview(raw)[sent:] if sent < len(raw) else None
 
     def _send_nowait(self, raw: bytes | memoryview) -> int:
         """Give the kernel what it takes without waiting; return how many bytes that was."""
@@ -369,6 +447,9 @@ class Wire:
 # --- HTTP/1.1 ----------------------------------------------------------------------------------
 
 
+_NO_TASKS: Final = TaskGroup()  # Hypercorn's way to open a nursery: it starts no task of ours
+
+
 @final
 class _Http11(H11Protocol):
     """Hypercorn's HTTP/1.1 without upgrades, and with a reader that is never parked."""
@@ -378,12 +459,13 @@ class _Http11(H11Protocol):
     def __init__(
         self,
         listener: "_Listener",
-        task_group: TaskGroup,
+        nursery: trio.Nursery,
         state: ConnectionState,
         *,
         client: tuple[str, int] | None,
         server: tuple[str, int] | None,
         send: Callable[[Event], Awaitable[None]],
+        send_lock: trio.Lock,
         wire: Wire,
         wake_reader: Callable[[], None],
     ) -> None:
@@ -391,7 +473,7 @@ class _Http11(H11Protocol):
             listener.app,
             listener.config,
             listener.context,
-            task_group,
+            _NO_TASKS,
             state,
             False,
             client,
@@ -399,12 +481,19 @@ class _Http11(H11Protocol):
             send,
         )
         self._method = "GET"
+        self._send_lock = send_lock
         self._wire = wire
         self._wake_reader = wake_reader
+        self._listener = listener
+        self._nursery = nursery
 
     def is_peer_sending(self) -> bool:
         """Tell whether more of the request, or anything at all after an error, may come."""
         return self.connection.their_state in {h11.SEND_BODY, h11.ERROR}
+
+    def is_answering(self) -> bool:
+        """Tell whether a whole request is being answered."""
+        return self.stream is not None and self.connection.their_state is not h11.SEND_BODY
 
     async def handle(self, event: Event) -> None:
         """Take what the reader got: bytes, b"" for the peer's FIN, or the end of the connection."""
@@ -471,8 +560,11 @@ class _Http11(H11Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """Send what the application's side made, and lend the wire while a body is under way."""
         if isinstance(event, EndBody):
+            await trio.lowlevel.checkpoint_if_cancelled()  # a body without its end stays torn
             self._wire._end()  # noqa: SLF001 - one class in two halves; the public half is the app's
         await super().stream_send(event)
+        if isinstance(event, EndBody):
+            self._wire._settle()  # noqa: SLF001 - as above
         if isinstance(event, Response) and self._is_open_ended(event):
             # Not lent if h11 refused the head, because the reader has just answered with an error.
             # h11 frames by the same rule: chunks from 1.1 on, before that the close is the end.
@@ -480,9 +572,26 @@ class _Http11(H11Protocol):
             self._wire._begin(chunked=version >= b"1.1")  # noqa: SLF001 - as above
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
-        """Send an event or, if cancelled, have h11 not know of it; past this it goes out whole."""
+        """Send an event or, if cancelled, have h11 not know of it; past this it goes out whole.
+
+        A response's head waits for what is behind it, which is its end at the latest; but not where
+        a 100 is still on its way to a slow peer, for the wire would be lent while it is in use.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
-        await super()._send_h11_event(event)
+        if not isinstance(event, h11.Response):
+            await super()._send_h11_event(event)
+            return
+        try:
+            head = self.connection.send(event)
+        except h11.LocalProtocolError:
+            if self.connection.their_state != h11.ERROR:
+                raise
+        else:
+            assert head is not None
+            if self._send_lock.locked():
+                await self.send(RawData(data=head))
+            else:
+                self._wire._hold(head)  # noqa: SLF001 - as above
 
     def _is_open_ended(self, response: Response) -> bool:
         return (
@@ -516,28 +625,35 @@ class _Http11(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         """Start the application for a request, whatever upgrade it proposes."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._method = request.method.decode("ascii").upper()
-        self.stream = HTTPStream(
-            self.app,
-            self.config,
-            self.context,
-            self.task_group,
-            self.ssl,
-            self.client,
-            self.server,
+        path, _, query = request.target.partition(b"?")
+        scope: HTTPScope = {
+            "type": "http",
+            "http_version": request.http_version.decode("ascii"),
+            "asgi": {"spec_version": "2.1", "version": "3.0"},
+            "method": self._method,
+            "scheme": "https" if self.ssl else "http",
+            "path": unquote(path.decode("ascii")),
+            "raw_path": path,
+            "query_string": query,
+            "root_path": "",
+            "headers": list(request.headers),
+            "client": self.client,
+            "server": self.server,
+            "state": self.connection_state.copy(),  # type: ignore[typeddict-item]  # as Hypercorn does
+            "extensions": {},
+        }
+        exchange = _Exchange(
+            self._listener.application,
+            scope,
             self.stream_send,
-            STREAM_ID,
+            self._wire,
+            cancel=self._nursery.cancel_scope.cancel,
+            report=self._listener.report,
         )
-        await self.stream.handle(
-            Request(
-                stream_id=STREAM_ID,
-                headers=list(request.headers),
-                http_version=request.http_version.decode("ascii"),
-                method=self._method,
-                raw_path=request.target,
-                state=self.connection_state,
-            )
-        )
+        self.stream = exchange  # type: ignore[assignment]  # in the place of Hypercorn's HTTPStream
+        self._nursery.start_soon(exchange.run)
         self.keep_alive_requests += 1
 
     async def _maybe_recycle(self) -> None:
@@ -561,6 +677,133 @@ class _Http11(H11Protocol):
         await self.send(Updated(idle=True))
 
 
+@final
+class _Exchange:
+    """One request and its response: the application's ASGI on one side, Hypercorn's events on ours.
+
+    It is what Hypercorn's HTTPStream is for, without a channel, and without a task that waits for
+    the client to leave.
+    """
+
+    idle = False  # H11Protocol asks
+
+    def __init__(
+        self,
+        app: ASGIFramework,
+        scope: HTTPScope,
+        send: Callable[[StreamEvent], Awaitable[None]],
+        wire: Wire,
+        *,
+        cancel: Callable[[], None],
+        report: Callable[[str, BaseException | None], None],
+    ) -> None:
+        self._app = app
+        self._scope = scope
+        self._send = send
+        self._wire = wire
+        self._cancel = cancel
+        self._report = report
+        self._body: list[bytes] = []
+        self._unread = 0
+        self._is_whole = False  # the request has come to its end, ...
+        self._is_told = False  # ... and the application knows
+        self._is_closed = False
+        self._status: int | None = None
+        self._is_complete = False  # the response
+        self._news: trio.Event | None = None  # for the application, while it waits
+        self._room: trio.Event | None = None  # for the reader, while it does
+
+    async def run(self) -> None:
+        """Run the application to its end, and the response to its own."""
+        try:
+            await self._app(self._scope, self._receive, self._respond)  # type: ignore[arg-type]
+        except* (Exception, SystemExit) as crash:  # noqa: BLE001 - the connection outlives it
+            self._report("app_crashed", crash)
+        if self._is_closed:
+            return
+        if self._status is None:
+            headers = [(b"content-length", b"0"), (b"connection", b"close")]
+            await self._respond({"type": "http.response.start", "status": 500, "headers": headers})
+            await self._respond({"type": "http.response.body"})
+        elif not self._is_complete:  # no last chunk shall call it whole
+            await self._wire._cut()  # noqa: SLF001 - as above
+            await self._send(StreamClosed(stream_id=STREAM_ID))
+
+    async def handle(self, event: StreamEvent) -> None:
+        """Take what the reader has parsed; waits while the application has too much unread."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        match event:
+            case Body(data=data) if not self._is_closed:
+                self._body.append(bytes(data))
+                self._unread += len(data)
+                self._tell_application()
+                while self._unread > MAX_UNREAD:
+                    self._room = trio.Event()
+                    await self._room.wait()
+            case EndBody():
+                self._is_whole = True
+                self._tell_application()
+            case StreamClosed():
+                self._is_closed = True
+                self._drop_body()
+                self._tell_application()
+                if not self._is_complete and self._wire._tell_left():  # noqa: SLF001 - as above
+                    self._cancel()
+            case _:
+                pass
+
+    def _tell_application(self) -> None:
+        if self._news is not None:
+            self._news.set()
+
+    def _drop_body(self) -> None:
+        self._body.clear()
+        self._unread = 0
+        if self._room is not None:
+            self._room.set()
+
+    async def _receive(self) -> dict[str, Any]:
+        """ASGI's receive: the body as it comes, then the disconnect when there is one."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._is_closed:
+            if self._body or (self._is_whole and not self._is_told):
+                body = b"".join(self._body)
+                self._drop_body()
+                self._is_told = self._is_whole
+                return {"type": "http.request", "body": body, "more_body": not self._is_whole}
+            self._news = trio.Event()
+            await self._news.wait()
+            self._news = None
+        return {"type": "http.disconnect"}
+
+    async def _respond(self, message: dict[str, Any]) -> None:
+        """ASGI's send: for a client that has left, it only lets others run."""
+        if self._is_closed:
+            await trio.lowlevel.checkpoint()
+            return
+        match message["type"]:
+            case "http.response.start" if self._status is None:
+                headers = build_and_validate_headers(message.get("headers", ()))
+                status = int(message["status"])
+                await self._send(Response(stream_id=STREAM_ID, headers=headers, status_code=status))
+                self._status = status
+            case "http.response.body" if self._status is not None and not self._is_complete:
+                body = bytes(message.get("body", b""))
+                more = message.get("more_body", False)
+                # An empty one takes the head along: as ASGI has it, what is first sends that.
+                if (body or more) and not suppress_body(self._scope["method"], self._status):
+                    await self._send(Body(stream_id=STREAM_ID, data=body))
+                if not more:
+                    await self._send(EndBody(stream_id=STREAM_ID))
+                    self._is_complete = True
+                    await self._send(StreamClosed(stream_id=STREAM_ID))
+            case kind:
+                raise RuntimeError(
+                    "expected http.response.start, then http.response.body until one has no "
+                    f"more_body, got {kind!r}"
+                )
+
+
 # --- connections -------------------------------------------------------------------------------
 
 
@@ -575,7 +818,7 @@ class _Connection:
         self._listener = listener
         self._stream = stream
         self._protocol: _Http11
-        self._send_lock = trio.Lock()
+        self._send_lock = trio.Lock()  # the reader may send a 100 while a response begins
         self._deadline = inf  # when the reader gives up: idle, or lingering
         self._reading = trio.CancelScope()
         self._is_idle = False
@@ -595,19 +838,25 @@ class _Connection:
             await trio.lowlevel.checkpoint()
             return
         state = {**self._listener.state, "wire": self.wire}
-        async with TaskGroup() as task_group:
-            self._protocol = _Http11(
-                self._listener,
-                task_group,
-                ConnectionState(state),
-                client=client,
-                server=parse_socket_addr(peer.family, peer.getsockname()),
-                send=self._send,
-                wire=self.wire,
-                wake_reader=self._wake_reader,
-            )
-            self._set_idle(True)
-            await self._read()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._protocol = _Http11(
+                    self._listener,
+                    nursery,
+                    ConnectionState(state),
+                    client=client,
+                    server=parse_socket_addr(peer.family, peer.getsockname()),
+                    send=self._send,
+                    send_lock=self._send_lock,
+                    wire=self.wire,
+                    wake_reader=self._wake_reader,
+                )
+                self._set_idle(True)
+                await self._read()
+        finally:
+            # They refer to this connection: thousands that end leave no garbage.
+            del self._protocol
+            self.wire._settle()  # noqa: SLF001 - as in _send_bytes
 
     def close_if_idle(self) -> None:
         """Let go of a peer that has no request under way."""
@@ -615,22 +864,35 @@ class _Connection:
             self._set_deadline(-inf)
 
     async def _read(self) -> None:
+        data: bytes | None
         while True:
             self._is_woken = False
-            with trio.CancelScope(deadline=self._deadline) as self._reading:
+            # Who lingers is cut short by nobody but the end of the server, which closes the socket:
+            # the refused request's own task may have been cancelled, and all of us with it.
+            with trio.CancelScope(
+                deadline=self._deadline, shield=self._is_lingering
+            ) as self._reading:
                 try:
                     data = await self._stream.receive_some(MAX_RECEIVE)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                except trio.BrokenResourceError:
+                    data = None  # reset by the peer
+                except trio.ClosedResourceError:
                     break
             if self._reading.cancelled_caught:
                 if not self._is_woken:
                     break
                 await self._protocol.handle_buffered()
-            else:
-                if not self._is_lingering:
-                    await self._protocol.handle(RawData(data))
-                if not data:
-                    break
+                continue
+            if not data and self._protocol.is_answering():
+                # It leaves: what h11 would say to that, nobody would hear.
+                await self._listener.leaving.pass_through()
+                break
+            if data is None:
+                break
+            if not self._is_lingering:
+                await self._protocol.handle(RawData(data))
+            if not data:
+                break
         await self._protocol.handle(Closed())
 
     def _wake_reader(self) -> None:
@@ -655,16 +917,25 @@ class _Connection:
 
     async def _send_bytes(self, data: bytes) -> bool:
         """Send what h11 made, whole, though cancelled meanwhile; tell whether the peer took it."""
+        wire = self.wire
         try:
             # The shield is around the lock too: h11 has counted these bytes as sent, and would take
             # a connection whose last chunk was never written for one that is ready for the next
             # request. It is bounded: the wire gives up at the write deadline, and at the end of the
             # server the socket is aborted under it. The lock, because the reader may send a 100.
-            with trio.CancelScope(shield=True):
-                async with self._send_lock:
-                    for start in range(0, len(data), MAX_RECEIVE):  # each slice has its deadline
-                        slice_ = memoryview(data)[start : start + MAX_RECEIVE]
-                        await self.wire._send(slice_)  # noqa: SLF001 - the public half frames a body
+            # Most often neither is needed: the kernel takes everything at once.
+            rest: bytes | memoryview | None = data
+            if not self._send_lock.locked():
+                rest = wire._send_at_once(data)  # noqa: SLF001 - the public half frames a body
+            if rest is None:
+                await wire._yield_if_due()  # noqa: SLF001 - as above
+            else:
+                with trio.CancelScope(shield=True):
+                    async with self._send_lock:
+                        # Each slice has its deadline; an empty one takes along what is held.
+                        for start in range(0, len(rest) or 1, MAX_RECEIVE):
+                            slice_ = memoryview(rest)[start : start + MAX_RECEIVE]
+                            await wire._send(slice_)  # noqa: SLF001 - as above
         except (trio.BrokenResourceError, trio.ClosedResourceError, SlowClient):
             return False
         return True
@@ -688,6 +959,40 @@ class _Connection:
     def _set_deadline(self, deadline: float) -> None:
         self._deadline = deadline
         self._reading.deadline = deadline
+
+
+@final
+class _Turnstile:
+    """Lets a number of tasks go on in each pass of the loop; the others wait for a later one.
+
+    In a pass Trio runs whoever can run, and nobody else until it is over. When thousands of clients
+    leave at once, everything that their leaving takes would be done in two or three passes of a
+    second each, in which the streams of those who stay stand still.
+    """
+
+    def __init__(self, each: int) -> None:
+        self._each = self._free = each
+        self._waiting = trio.lowlevel.ParkingLot()
+        self._used = trio.Event()
+
+    async def pass_through(self) -> None:
+        """Go on, in this pass or a later one, in order."""
+        if self._free:
+            self._free -= 1
+            self._used.set()
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await self._waiting.park()
+
+    async def run(self) -> Never:
+        """Open it anew for each pass; serve until cancelled."""
+        while True:
+            await self._used.wait()
+            await trio.lowlevel.checkpoint()
+            if released := self._waiting.unpark(count=self._each):
+                self._free = self._each - len(released)
+            else:
+                self._free, self._used = self._each, trio.Event()
 
 
 # --- the listener ------------------------------------------------------------------------------
@@ -731,7 +1036,8 @@ class _Listener:
     def __init__(
         self, app: ASGIFramework, options: ListenerOptions, *, log: Log | None, counts: Counts
     ) -> None:
-        self.app = ASGIWrapper(app)
+        self.application = app
+        self.app = ASGIWrapper(app)  # as Hypercorn wants it
         self.options = options
         self.counts = counts
         self.state: LifespanState = {}
@@ -743,6 +1049,7 @@ class _Listener:
         self.config.h11_max_incomplete_size = options.max_header_bytes
         self.config._log = _HypercornLog(self.config, self.report)  # noqa: SLF001 - no public place
         self._log = log
+        self.leaving = _Turnstile(LEAVE_TOGETHER)
         self._open: set[_Connection] = set()
         self._refusing = 0
         self._all_gone = trio.Event()
@@ -800,12 +1107,12 @@ class _Listener:
         self, shutdown_trigger: Callable[[], Awaitable[None]], sockets: list[socket.socket]
     ) -> None:
         """Accept until the trigger returns, then give what is open its graceful time."""
-        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
         async with trio.open_nursery() as connections:
             try:
+                connections.start_soon(self.leaving.run)
                 async with trio.open_nursery() as acceptors:
-                    accept = partial(trio.serve_listeners, handler_nursery=connections)
-                    acceptors.start_soon(accept, self.serve_stream, listeners)
+                    for sock in sockets:
+                        acceptors.start_soon(self._accept, sock, connections)
                     await shutdown_trigger()
                     acceptors.cancel_scope.cancel()
                 with trio.move_on_after(self.options.graceful_timeout):
@@ -815,6 +1122,23 @@ class _Listener:
                 for connection in tuple(self._open):
                     connection.wire.abort()
                 connections.cancel_scope.cancel()
+
+    async def _accept(self, sock: socket.socket, connections: trio.Nursery) -> None:
+        """Start a task for each connection, until cancelled; it closes its socket itself.
+
+        trio.serve_listeners would close each one once more, by a scope that it cancels.
+        """
+        async with trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    if error.errno not in FULL_ERRORS:
+                        raise
+                    self.report("accept_failed", error)  # there is no room until somebody leaves
+                    await trio.sleep(FULL_PAUSE)
+                else:
+                    connections.start_soon(self.serve_stream, stream)
 
     async def _end(self) -> None:
         """Close idle connections, and wait until the others have ended by themselves."""

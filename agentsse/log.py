@@ -5,7 +5,7 @@ agents, or why anything is appended.
 
 The theory in five sentences. A log only grows; an event's number is its place. What is appended
 becomes visible when it is committed, and a commit rings the bells of the readers that wait: nobody
-else. A bell is a memory channel with one slot, so it conflates: a reader that is ten thousand
+else. A bell is like a memory channel with one slot: it conflates, so a reader that is ten thousand
 events behind owes one wake-up and one write. What it carries is only a ring; a reader takes all
 that is visible, in one sync step, and waits only when there is nothing left to take, so that no
 wake-up is ever lost. Replay and live are therefore the same code: there is no hand-over to get
@@ -21,10 +21,11 @@ import heapq
 import math
 import time
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from itertools import accumulate
 from typing import Literal, Never, TypeAlias
 
 import attrs
@@ -39,6 +40,7 @@ STRIDE = 1_000  # events encoded between two checkpoints: 100,000 at once stall 
 TICK = 0.005  # seconds; what falls due within one tick shares one wake-up
 DELTA = 100  # bytes of a delta beside its text, about
 PATIENCE = 1.0  # seconds, at most, that a burst is waited for whose end nobody tells
+MILLISECOND = 1_000_000  # nanoseconds
 FORGOTTEN = 100  # cancelled entries that the timer's heap may hold before it is worth tidying
 
 LONG_AGO = -math.inf
@@ -172,16 +174,19 @@ class Stamps:
     """RFC 3339 times, in UTC with milliseconds; the calendar is asked once per second."""
 
     clock: Callable[[], int] = time.time_ns
-    _millisecond: int = -1
+    _since: int = 0  # the text is right from here ...
+    _until: int = 0  # ... up to here
     _text: str = ""
     _second: int = -1
     _date: str = ""  # up to the second
 
     def now(self) -> str:
         """The time as text, such as `2026-11-20T16:51:07.042Z`."""
-        millisecond = self.clock() // 1_000_000
-        if millisecond != self._millisecond:
-            self._millisecond = millisecond
+        now = self.clock()
+        if not self._since <= now < self._until:
+            millisecond = now // MILLISECOND
+            self._since = millisecond * MILLISECOND
+            self._until = self._since + MILLISECOND
             second, rest = divmod(millisecond, 1000)
             if second != self._second:
                 self._second = second
@@ -226,7 +231,7 @@ class Log:
     end: int = 0
     size: int = 0
     closed: bool = False
-    _followed: int = 0  # bytes that `follow` was told of
+    _followed: int = 0  # bytes that were there at the last commit
     _scratch: bytearray = attrs.field(factory=bytearray)
     _waiting: "set[Reader]" = attrs.field(factory=set)
     _renderings: "dict[Hashable, Rendering]" = attrs.field(factory=dict)
@@ -253,12 +258,24 @@ class Log:
         events.append(event)
         return seq
 
+    def write(self, event: AnyEvent) -> None:
+        """Append an event, and make it visible at once: what the memory store does.
+
+        Raises:
+            ValueError: As `append`.
+        """
+        end = self.append(event)
+        if self._waiting or self.follow is not None:
+            self.commit(end)
+        else:  # most of the time nobody is there to be told, and a call less is a saving
+            self.end, self._followed = end, self.size
+
     def commit(self, end: int) -> None:
         """Make everything up to event `end` visible, and wake the readers that wait."""
         seen, self.end = self.end, end
         if self.follow is not None and end > seen:
-            size, self._followed = self.size - self._followed, self.size
-            self.follow(self.events[seen:end], size)
+            self.follow(self.events[seen:end], self.size - self._followed)
+        self._followed = self.size
         if self._waiting:
             waiting, self._waiting = self._waiting, set()
             for reader in waiting:
@@ -322,72 +339,106 @@ class Log:
 
 @attrs.define(eq=False, repr=False)
 class Rendering:
-    """A log in one dialect: frames made once, on demand, shared by all who read it that way."""
+    """A log in one dialect: frames made once, on demand, shared by all who read it that way.
+
+    What is made at one time is one block of bytes. Whoever keeps up takes it as it is, and so do
+    the thousand others that keep up: none of them joins or copies anything. Places are bytes.
+
+    Attributes:
+        rendered: How many events the encoder has seen.
+        size: Bytes of all frames.
+        stops: Up to where a reader is finished.
+    """
 
     log: Log
     key: Hashable
     encoder: Encoder
     ends_at: frozenset[type[AnyEvent]] = frozenset()
     readers: int = 0
-    frames: list[bytes] = attrs.field(factory=list)
-    offsets: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # bytes before frame i
-    ends: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # frames up to event i
-    stops: list[int] = attrs.field(factory=list)  # frames up to where a reader is finished
-
-    @property
-    def rendered(self) -> int:
-        """How many events the encoder has seen."""
-        return len(self.ends) - 1
+    rendered: int = 0
+    size: int = 0
+    blocks: list[bytes] = attrs.field(factory=list)
+    stops: list[int] = attrs.field(factory=list)
+    _begins: "array[int]" = attrs.field(factory=lambda: array("q"))  # of the blocks
+    _ends: "array[int]" = attrs.field(factory=lambda: array("q", [0]))  # of the events
+    _parts: dict[int, tuple[int, ...]] = attrs.field(factory=dict)  # where an event's frames meet
 
     def extend(self) -> None:
         """Encode more of what is visible: one write's worth, and at most a stride of events."""
-        total, done = self.offsets[-1], self.rendered
-        enough = total + MAX_WRITE
-        feed, frames, offsets, ends = self.encoder.feed, self.frames, self.offsets, self.ends
-        ends_at = self.ends_at
-        for event in self.log.events[done : min(self.log.end, done + STRIDE)]:
-            for frame in tuple(feed(event)):  # whole, or not at all if the encoder raises
-                total += len(frame)
-                frames.append(frame)
-                offsets.append(total)
-            ends.append(len(frames))
-            if ends_at and type(event) in ends_at:
-                self.stops.append(len(frames))
-            if total >= enough:
-                break
+        done, begin = self.rendered, self.size
+        if done == self.log.end:
+            return
+        size, enough = begin, begin + MAX_WRITE
+        feed, note_end, ends_at = self.encoder.feed, self._ends.append, self.ends_at
+        block: list[bytes] = []
+        try:
+            for event in self.log.events[done : min(self.log.end, done + STRIDE)]:
+                frames = tuple(feed(event))  # whole, or not at all if the encoder raises
+                if len(frames) == 1:
+                    block.append(frames[0])
+                    size += len(frames[0])
+                elif frames:
+                    block += frames
+                    *meet, size = accumulate(map(len, frames), initial=size)
+                    self._parts[len(self._ends)] = tuple(meet[1:])
+                note_end(size)
+                if ends_at and type(event) in ends_at:
+                    self.stops.append(size)
+                if size >= enough:
+                    break
+        finally:
+            self.rendered, self.size = len(self._ends) - 1, size
+            if block:
+                self._begins.append(begin)
+                self.blocks.append(b"".join(block))
 
-    def locate(self, position: Position) -> int | None:
-        """The first frame behind a position, or None while the encoder has not come so far."""
-        if position.seq > self.rendered:
-            return None
-        if position.part == 0:
-            return self.ends[position.seq]
-        return min(self.ends[position.seq - 1] + position.part, self.ends[position.seq])
+    def locate(self, seq: int, part: int = 0) -> int:
+        """The place behind a frame of an event that the encoder has seen, or behind them all."""
+        parts = self._parts.get(seq, ())
+        return parts[part - 1] if 0 < part <= len(parts) else self._ends[seq]
+
+    def reach(self, start: int) -> int:
+        """Up to where one write goes: whole frames, at most 64 KiB of them, or one."""
+        most = start + MAX_WRITE
+        if self.size <= most:
+            return self.size
+        seq = bisect_right(self._ends, most)  # the first event that goes beyond
+        bounds = (self._ends[seq - 1], *self._parts.get(seq, ()), self._ends[seq])
+        place = bisect_right(bounds, most)
+        return bounds[place - 1] if bounds[place - 1] > start else bounds[place]
+
+    def cut(self, start: int, stop: int) -> bytes:
+        """What is between two places; a whole block is not copied."""
+        begins = self._begins
+        first, last = bisect_right(begins, start) - 1, bisect_left(begins, stop)
+        before = begins[first]
+        return b"".join(self.blocks[first:last])[start - before : stop - before]
 
 
 @attrs.define(eq=False, repr=False)
 class Bell:
-    """What wakes the one task that writes a stream: a memory channel with one slot.
+    """What wakes the one task that writes a stream; rung ever so often, it wakes it once.
+
+    A memory channel with one slot would do the same, for twice the time.
 
     Attributes:
         closing: Why the server wants this stream to end before there is nothing left, once it does.
         beat: Whether it was rung because the line has been silent for long.
+        is_rung: Whether it was rung while nobody waited.
     """
 
     closing: CloseReason | None = attrs.field(default=None, init=False)
     beat: bool = attrs.field(default=False, init=False)
-    _bell: trio.MemorySendChannel[None] = attrs.field(init=False)
-    _rung: trio.MemoryReceiveChannel[None] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._bell, self._rung = trio.open_memory_channel[None](1)
+    is_rung: bool = attrs.field(default=False, init=False)
+    _sleeper: trio.lowlevel.Task | None = attrs.field(default=None, init=False)
 
     def ring(self) -> None:
         """Wake the reader; a bell that has been rung already is left alone."""
-        try:
-            self._bell.send_nowait(None)
-        except trio.WouldBlock:
-            return
+        if self._sleeper is None:
+            self.is_rung = True
+        else:
+            sleeper, self._sleeper = self._sleeper, None
+            trio.lowlevel.reschedule(sleeper)
 
     def ring_for_silence(self) -> None:
         """Wake the reader so that it writes a heartbeat."""
@@ -402,7 +453,16 @@ class Bell:
 
     async def wait_rung(self) -> None:
         """Wait until somebody rings."""
-        await self._rung.receive()
+        if self.is_rung:
+            await trio.lowlevel.checkpoint()
+            self.is_rung = False
+            return
+        self._sleeper = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
+
+    def _stop_waiting(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._sleeper = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 @attrs.define(eq=False, repr=False)
@@ -417,7 +477,7 @@ class Reader(Bell):
     after: Position
     reads_on: bool = False
     past: int = 0
-    _cursor: int | None = None
+    _cursor: int | None = None  # up to where it has taken; None until its place is made
     _began: int = 0
 
     def take(self) -> bytes:
@@ -428,16 +488,15 @@ class Reader(Bell):
             nothing to send now; if `is_behind` then says so, only the encoding has got further.
         """
         rendering = self.rendering
-        if self._next() is None:
-            rendering.extend()
         if (start := self._next()) is None:
-            return b""
-        offsets = rendering.offsets
-        stop = max(bisect_right(offsets, offsets[start] + MAX_WRITE) - 1, start + 1)
+            rendering.extend()
+            if (start := self._next()) is None:
+                return b""
+        stop = rendering.reach(start)
         if rendering.stops and (end := self._end()) is not None:
             stop = min(stop, end)
         self._cursor = stop
-        return b"".join(rendering.frames[start:stop])
+        return rendering.cut(start, stop)
 
     @property
     def is_behind(self) -> bool:
@@ -465,25 +524,26 @@ class Reader(Bell):
         await self.wait_rung()
 
     def _next(self) -> int | None:
-        """The next frame to take, or None while it has not been made."""
-        if self._cursor is None and (place := self.rendering.locate(self.after)) is not None:
-            self._cursor = self._began = place
+        """Where the next frame begins, or None while it has not been made."""
         cursor, rendering = self._cursor, self.rendering
-        if cursor is None or cursor >= len(rendering.frames):
+        if cursor is None and self.after.seq <= rendering.rendered:
+            place = rendering.locate(self.after.seq, self.after.part)
+            cursor = self._cursor = self._began = place
+        if cursor is None or cursor == rendering.size:
             return None
         if rendering.stops and self._is_at_end():
             return None
         return cursor
 
     def _end(self) -> int | None:
-        """Frames up to where this reader is finished before the log is, once that is known."""
+        """Up to where this reader is finished before the log is, once that is known."""
         if self.reads_on:
             return None
         stops, begin = self.rendering.stops, self._began
         if self.past:
             if self.rendering.rendered < self.past:
                 return None
-            begin = max(begin, self.rendering.ends[self.past])
+            begin = max(begin, self.rendering.locate(self.past))
         place = bisect_right(stops, begin)
         return stops[place] if place < len(stops) else None
 
@@ -533,8 +593,7 @@ class Coalescer:
             self.flush()
         self._open_at = LONG_AGO
         self._is_burst = False
-        log = self.log
-        log.commit(log.append(event))
+        self.log.write(event)
 
     def lull(self) -> None:
         """Note that nothing more is here now; what comes next comes in bursts as well."""

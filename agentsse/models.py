@@ -34,7 +34,6 @@ from .events import (
     encode_json,
     well_formed,
 )
-from .markdown import closing
 from .messages import (
     AssistantMessage,
     Message,
@@ -628,6 +627,8 @@ def size_of(conversation: Sequence[Message]) -> int:
 
 def mended(text: str) -> str:
     """A text that was cut off, with an end to the markdown that is open in it."""
+    from .markdown import closing  # noqa: PLC0415  # 5 ms of expressions, for what is cut
+
     return text + closing(text)
 
 

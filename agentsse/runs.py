@@ -27,6 +27,7 @@ from typing import Any, Literal, assert_never
 import attrs
 import trio
 from msgspec import UNSET, Raw
+from msgspec.structs import replace
 
 from .agents import Agent
 from .context import Limits, RunContext, problem_of, running, unwrapped
@@ -571,9 +572,12 @@ class Run:
         error: BaseException | None = None
         was_cancelled_outside = True
         try:
-            with running(self.context), self._scope:
+            with running(self.context):
                 async with trio.open_nursery(strict_exception_groups=True) as nursery:
                     self._task, self._nursery = trio.lowlevel.current_task(), nursery
+                    if self._scope.cancel_called:  # before the task began
+                        nursery.cancel_scope.cancel()
+                    self._scope = nursery.cancel_scope
                     self.context.nursery = nursery
                     # A copy: nobody else's hand is on it. If it is too deep, that ends this run.
                     self.context.input = decode_json(self.input)
@@ -829,7 +833,7 @@ class Runs:
         limits = self.limits
         self._kept = MemoryStore(limits.retain_runs, limits.retain_bytes, limits.retain_age)
         self._limiter = trio.CapacityLimiter(limits.max_threads)
-        self.feed = Feed(self.stamps)
+        self.feed = Feed(self.stamps, when_used=self._tell_feed)
 
     def start(self, order: Start, *, default: str, agent: str | None = None) -> tuple[Run, bool]:
         """Start a run, or queue it; sync, so that a reader can be attached in the same step.
@@ -870,7 +874,7 @@ class Runs:
                     f"expected a run of a thread to be continued, got {previous.id}, which is of "
                     "none: nobody remembers what was said in it"
                 )
-            order = attrs.evolve(order, thread_id=previous.thread_id)
+            order = replace(order, thread_id=previous.thread_id)
         policy = Policy.parse(
             order.on_disconnect or chosen.on_disconnect or default, self.limits.grace
         )
@@ -1059,9 +1063,11 @@ class Runs:
         if self.threads.get(thread.id) is thread:
             del self.threads[thread.id]
 
-    def _follow(self, thread: Thread | None) -> Follow:
+    def _follow(self, thread: Thread | None) -> Follow | None:
         """Who is told of what a run says: its thread's feed, and the server's once it is used."""
         feed = self.feed
+        if thread is None and not feed.is_used:
+            return None
 
         def tell(events: Sequence[AnyEvent], size: int) -> None:
             if thread is not None:
@@ -1070,6 +1076,11 @@ class Runs:
                 feed.extend(told, size * len(told) // len(events))
 
         return tell
+
+    def _tell_feed(self) -> None:
+        """From now on, tell the server's feed of what runs say; before, each would only ask."""
+        for run in self._active.values():
+            run.log.follow = self._follow(run.home)
 
     def __iter__(self) -> Iterator[Run]:
         """Every run there is, the newest first of those that go on, then of those that are over."""

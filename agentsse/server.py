@@ -29,42 +29,44 @@ import attrs
 import trio
 
 from .agents import Agent
-from .app import AgentsseApp, AppOptions, claim_paths
+from .app import AgentsseApp
 from .config import AgentSettings, ProviderSettings, Settings, load_object
 from .context import Limits
-from .dialects import Dialect
-from .dialects.agentlang import AGENTLANG
-from .dialects.agui import AGUI
-from .dialects.hive import HIVE
-from .dialects.kilroy import KILROY
-from .dialects.langgraph import LANGGRAPH
-from .dialects.lightspeed import LIGHTSPEED
-from .dialects.native import NATIVE
-from .dialects.openai_chat import OPENAI_CHAT
-from .dialects.openai_responses import OPENAI_RESPONSES
-from .dialects.vercel import VERCEL
+from .dialects import AnyDialect, LazyDialect
 from .errors import ConfigError
+from .exchange import AppOptions
 from .guide import guide
 from .listener import Counts, ListenerOptions, open_sockets, serve as listen
+from .paths import Paths
 from .providers import HttpProvider, Provider
 from .providers.offline import OfflineProvider
 from .runs import Run, Runs, contained, open_runs
 from .tools import Tool, Toolset
 
-DIALECTS: tuple[Dialect, ...] = (
-    NATIVE,
-    AGUI,
-    VERCEL,
-    OPENAI_CHAT,
-    OPENAI_RESPONSES,
-    LANGGRAPH,
-    AGENTLANG,
-    LIGHTSPEED,
-    KILROY,
-    HIVE,
+
+def _dialect(name: str, mount: str, *below: str, rooted: tuple[str, ...] = ()) -> LazyDialect:
+    """One of ours: its module and its value are called what it is called."""
+    place = f"agentsse.dialects.{name}:{name.upper()}"
+    return LazyDialect(name=name, place=place, mount=mount, below=below or ("",), rooted=rooted)
+
+
+DIALECTS: tuple[AnyDialect, ...] = (
+    _dialect("native", "/", "/agents", "/events", "/runs", "/threads"),
+    _dialect("agui", "/agui"),
+    _dialect("vercel", "/api", "/chat"),
+    _dialect("openai_chat", "/v1", "/chat", "/models"),
+    _dialect("openai_responses", "/v1", "/responses"),
+    _dialect("langgraph", "/langgraph"),
+    _dialect("agentlang", "/agentlang"),
+    _dialect("lightspeed", "/v1", "/query", "/streaming_query"),
+    _dialect("kilroy", "/kilroy", rooted=("/pipelines",)),
+    _dialect("hive", "/api", "/events", "/sessions", "/workers"),
 )
 RESERVED_DESCRIPTORS = 64  # for logs, upstreams and files, beside the connections
 MIN_CLEANUP = 5.0  # seconds, at most half of the drain, that cancelled runs get to clean up
+# Streams and runs that end leave no cycles, so what is collected is somebody else's. To look at all
+# objects stops the loop for a second where 8,000 streams are open; so it is done rarely.
+COLLECT_AFTER = (10_000, 5, 200)  # objects more than before; then collections of the younger ones
 MIN_FAREWELL = 0.5  # seconds that streams get for their last bytes, though the drain is over
 
 Report = Callable[..., None]
@@ -112,7 +114,7 @@ async def open_server(
     settings: Settings | None = None,
     *,
     providers: Mapping[str, Provider] | None = None,
-    dialects: Sequence[Dialect] | None = None,
+    dialects: Sequence[AnyDialect] | None = None,
     report: Report = lambda *_args, **_facts: None,
 ) -> AsyncIterator[Server]:
     """Open a server; leaving the context ends its runs, then its connections.
@@ -201,6 +203,7 @@ async def serve(
                     agents, settings, providers=providers, report=report
                 ) as server:
                     gc.freeze()  # what is here now stays: no collection need look at it again
+                    gc.set_threshold(*COLLECT_AFTER)
                     announce(server)
                     received = signal.Signals(await anext(signals))
                     watch.start_soon(_end_at_second_signal, signals, flush)
@@ -483,8 +486,8 @@ def _open_sockets(options: ListenerOptions, report: Report) -> list[socket.socke
 
 
 def _mounted(
-    settings: Settings, agents: Sequence[Agent], dialects: Sequence[Dialect]
-) -> tuple[Dialect, ...]:
+    settings: Settings, agents: Sequence[Agent], dialects: Sequence[AnyDialect]
+) -> tuple[AnyDialect, ...]:
     """The dialects as the settings want them."""
     known = {dialect.name: dialect for dialect in dialects}
     unknown = sorted(set(settings.dialects) - set(known))
@@ -496,12 +499,13 @@ def _mounted(
     for name, chosen in settings.dialects.items():
         dialect, where = known[name], f"{settings.source}: dialects.{name}"
         if chosen.form is not None:
-            if chosen.form not in dialect.forms:
+            forms = dialect.load().forms
+            if chosen.form not in forms:
                 raise ConfigError(
-                    f"{where}.form: expected one of {', '.join(dialect.forms) or '(it has none)'}, "
+                    f"{where}.form: expected one of {', '.join(forms) or '(it has none)'}, "
                     f"got {chosen.form!r}"
                 )
-            dialect = dialect.forms[chosen.form]
+            dialect = forms[chosen.form]
         if chosen.mount is not None:
             dialect = attrs.evolve(dialect, mount=chosen.mount)
         if chosen.agent is not None:
@@ -513,7 +517,7 @@ def _mounted(
             dialect = attrs.evolve(dialect, agent=chosen.agent)
         known[name] = dialect
     mounted = tuple(known.values())
-    claim_paths(mounted)
+    Paths.claimed_by(mounted)
     return mounted
 
 
@@ -522,7 +526,7 @@ def check_settings(
     agents: Sequence[Agent],
     *,
     providers: Mapping[str, Provider] | None = None,
-    dialects: Sequence[Dialect] | None = None,
+    dialects: Sequence[AnyDialect] | None = None,
 ) -> None:
     """See whether a server could be made of this, without opening anything.
 

@@ -6,11 +6,10 @@ are told by events what to do next, and nothing waits for the clock but what is 
 
 import json
 import re
-import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import attrs
 import h11
@@ -18,21 +17,17 @@ import httpx2
 import msgspec
 import pytest
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config, Sockets
-from hypercorn.trio.run import worker_serve
-from quart import Response
-from quart_trio import QuartTrio
 from raw import RawClient, connect, request, stream_run, wait_quiet, wait_until
 from trio.testing import assert_checkpoints
 
 from agentsse import Agent, AgentError, RunContext, agent, emit, server as server_module, tool
-from agentsse.app import STREAM_HEADERS, AgentsseApp, AppOptions
+from agentsse.app import STREAM_HEADERS, AgentsseApp
 from agentsse.config import LimitSettings, Settings
 from agentsse.dialects import Framing, Route
 from agentsse.dialects.native import NATIVE, decode_list_agents
 from agentsse.errors import ConfigError
 from agentsse.events import Custom, InputRequested, RunFinished, RunStarted, StepStarted
+from agentsse.exchange import AppOptions
 from agentsse.listener import Counts
 from agentsse.log import MAX_WRITE
 from agentsse.runs import Runs, open_runs
@@ -1274,8 +1269,8 @@ async def test_connection_that_is_to_close_closes(accept: str) -> None:
         await wait_quiet(s.server)
 
 
-async def test_no_request_needs_a_worker_thread() -> None:
-    """A thread costs more than all the rest, and blocking tools may have taken all there are."""
+async def test_no_request_needs_a_thread_of_others() -> None:
+    """Blocking tools may have taken all there are: what is loaded late has a thread of its own."""
     async with site(echo) as s:
         limiter = trio.to_thread.current_default_thread_limiter()
         holders = [object() for _ in range(int(limiter.total_tokens))]
@@ -1292,20 +1287,6 @@ async def test_no_request_needs_a_worker_thread() -> None:
                 limiter.release_on_behalf_of(holder)
 
 
-async def test_response_has_no_time_limit() -> None:
-    """A stream lasts as long as its run: Quart's own limit on a response does not cut it."""
-
-    @agent
-    async def slow(_run: RunContext, _input: Any) -> None:
-        await trio.sleep(0.1)
-
-    async with site(slow) as s:
-        s.server.app.config["RESPONSE_TIMEOUT"] = 0.02
-        answer = await s.post("/agents/slow/runs", **SSE)
-
-        assert b"event: run_finished" in answer.content
-
-
 def make_app(runs: Runs) -> AgentsseApp:
     """The application by itself, without a server."""
     return AgentsseApp(
@@ -1315,93 +1296,6 @@ def make_app(runs: Runs) -> AgentsseApp:
         report=lambda *_args, **_facts: None,
         connections=Counts(),
     )
-
-
-@asynccontextmanager
-async def by_hypercorn(app: QuartTrio) -> AsyncIterator[str]:
-    """Serve an application by Hypercorn as it comes; its URL."""
-    config, stop = Config(), trio.Event()
-    config.errorlog = None
-    with trio.fail_after(PATIENCE), socket.create_server(("127.0.0.1", 0)) as sock:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(
-                partial(
-                    worker_serve,
-                    ASGIWrapper(app),
-                    config,
-                    sockets=Sockets([], [sock], []),
-                    shutdown_trigger=stop.wait,
-                )
-            )
-            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-            nursery.cancel_scope.cancel()
-
-
-async def sees_the_end(url: str) -> bool:
-    """Whether a client that wants the connection to close sees it close."""
-    async with connect(url) as client:
-        await client.send(request("GET", "/health/live", connection="close"))
-        await client.finish()
-        with trio.move_on_after(NOT_SEEN):
-            return await client.stream.receive_some() == b""
-    return False
-
-
-async def test_stock_connection_keeps_hypercorn_from_closing() -> None:
-    """Once Quart-Trio does not do this any more, ours need not shield the end of a response."""
-    app = QuartTrio("stock")
-
-    @app.get("/health/live")
-    async def view() -> str:
-        return "hello"
-
-    async with by_hypercorn(app) as url:
-        assert not await sees_the_end(url)
-
-
-async def test_our_connection_lets_hypercorn_close() -> None:
-    """The end of a response is not cancelled, whatever listener is below."""
-    with trio.fail_after(PATIENCE):
-        async with open_runs({}) as runs, by_hypercorn(make_app(runs)) as url:
-            assert await sees_the_end(url)
-            async with connect(url) as client:
-                for _ in range(2):
-                    await client.send(request("GET", "/health/live"))
-                    assert b'{"status":"ok"}' == await client.finish()
-
-
-async def test_stock_connection_cuts_streams_that_take_long() -> None:
-    """Once Quart-Trio does not do this any more, ours may send responses as it does."""
-    app = QuartTrio("stock")
-    app.config["RESPONSE_TIMEOUT"] = 0.02
-
-    class Endless:
-        async def __aenter__(self) -> Self:
-            return self
-
-        async def __aexit__(self, *_: object) -> None:
-            return None
-
-        def __aiter__(self) -> "Endless":
-            return self
-
-        async def __anext__(self) -> bytes:
-            await trio.sleep(0.005)
-            return b"more"
-
-    @app.get("/")
-    async def view() -> Response:
-        response = Response(b"")
-        response.response = Endless()  # type: ignore[assignment]  # what ours is, in short
-        del response.headers["content-length"]
-        return response
-
-    async with by_hypercorn(app) as url, connect(url) as client:
-        await client.send(request("GET", "/"))
-        with pytest.raises(h11.RemoteProtocolError):
-            await client.finish()
-
-        assert client.body.startswith(b"more")
 
 
 # Bodies that nobody reads
@@ -1657,6 +1551,13 @@ class ByHand:
         await trio.lowlevel.checkpoint()
         self.written.append(bytes(data))
 
+    def write_with_end(self, data: bytes, /) -> None:
+        """Be the wire, at the end."""
+        self.written.append(data)
+
+    def when_left(self, call: Callable[[], object], /) -> None:
+        """Be the wire of a client that stays."""
+
     async def receive(self) -> dict[str, Any]:
         """Give the request's empty body, and then nothing more."""
         if self._asked:
@@ -1719,8 +1620,8 @@ async def test_connection_that_fails_is_no_client_that_has_left(
             assert {} == run._holders
 
 
-async def test_prelude_is_a_write_of_its_own_and_large_frames_are_cut_into_slices() -> None:
-    """That the client is connected it learns at once, and no write is too long for its deadline."""
+async def test_first_frames_go_with_the_prelude_and_large_ones_are_cut_into_slices() -> None:
+    """A client that joins learns all at once, and no write is too long for its deadline."""
 
     @agent
     async def loud(run: RunContext, _input: Any) -> None:
@@ -1731,7 +1632,7 @@ async def test_prelude_is_a_write_of_its_own_and_large_frames_are_cut_into_slice
             app, hand = make_app(runs), ByHand()
             await hand.ask(app, "POST", "/agents/loud/runs", accept="text/event-stream")
 
-        assert NATIVE.framing.prelude == hand.written[0]
+        assert hand.written[0].startswith(NATIVE.framing.prelude + b"id: 1\n")
         assert len(hand.written) >= 7
         assert MAX_WRITE == max(map(len, hand.written))
         assert sum(map(len, hand.written)) == app.streams.bytes
@@ -1767,7 +1668,7 @@ async def test_reported_path_is_as_it_came_and_only_the_path(target: str, path: 
 async def test_body_that_does_not_come_ends_the_request() -> None:
     """408 for a client that announces more than it sends."""
     async with site(echo) as s, connect(s.server.urls[0]) as client:
-        s.server.app.config["BODY_TIMEOUT"] = 0.05
+        s.server.app.options = attrs.evolve(s.server.app.options, body_patience=0.05)
         await client.send(request("POST", "/agents/echo/runs", content_length="10"))
         problem = json.loads(await client.finish())
 

@@ -20,12 +20,12 @@ from cutting import Cut, open_cutter
 from raw import wait_until
 
 from agentsse import agent, tool
-from agentsse.app import AppOptions
 from agentsse.cli import LogWriter, _reporter
 from agentsse.client import open_client
 from agentsse.dialects import OpenThread, SetTrigger
 from agentsse.dialects.native import NATIVE
 from agentsse.events import Custom, Option, PartDelta, Question, RunFinished, decode_event
+from agentsse.exchange import AppOptions
 from agentsse.sse import comment, retry
 from agentsse.testing import open_server, read_events
 

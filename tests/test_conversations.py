@@ -984,7 +984,7 @@ async def test_stopping_what_there_is_not_may_do_no_harm(must_exist):
 async def test_how_large_a_conversation_may_be_is_the_operator_s_to_say():
     """But never less than any other request."""
     async with site(echo, max_body=1_000, max_history=2_000) as s:
-        assert 2_000 == s.server.app.max_body("POST", "/probe/start")
+        assert 2_000 == s.server.app.max_body("POST", s.server.app.dialects["probe"])
         await s.start(input="x" * 1_900)
         refused = await s.http.post("/probe/start", json={"input": "x" * 2_000})
         assert (413, "expected a body of at most 2000 bytes, got more") == (
@@ -992,7 +992,7 @@ async def test_how_large_a_conversation_may_be_is_the_operator_s_to_say():
             refused.json()["detail"],
         )
     async with site(echo, max_body=1_000, max_history=500) as s:
-        assert 1_000 == s.server.app.max_body("POST", "/probe/start")
+        assert 1_000 == s.server.app.max_body("POST", s.server.app.dialects["probe"])
 
 
 @pytest.mark.parametrize("rotates", [False, True])
@@ -1139,10 +1139,10 @@ async def test_an_encoder_may_recall_what_was_said_before():
 
 
 async def test_repeated_fields_of_a_query_are_there():
-    """Beside those by name, each name's together."""
+    """Beside those by name, as they came."""
     async with site(echo) as s:
         answer = await s.http.get("/probe/query?a=1&b=2&a=3")
-        assert [["a", "1"], ["a", "3"], ["b", "2"]] == answer.json()
+        assert [["a", "1"], ["b", "2"], ["a", "3"]] == answer.json()
 
 
 async def test_many_large_bodies_at_once_are_refused():
@@ -1154,14 +1154,28 @@ async def test_many_large_bodies_at_once_are_refused():
             await slow.send(head)
             await slow.stream.send_all(body)
             await wait_until(lambda: s.server.app.bodies._total >= len(body))
-            async with connect(s.server.urls[0]) as refused:
-                await refused.send(request("POST", "/probe/start", body + b'"}'))
-                assert await refused.receive()
-                assert 503 == refused.status
+            for _ in range(3):
+                answer = await s.http.post("/probe/start", content=body + b'"}')
+                assert (503, "overloaded") == (answer.status_code, answer.json()["code"])
             await slow.stream.send_all(b'"}')
             await wait_until(lambda: s.server.app.bodies._total == 0)
         await wait_until(lambda: not s.server.app.bodies._held)
         assert "run_finished" == (await s.start(input="x" * 2_000_000))[-1]
+
+
+async def test_a_body_that_there_is_no_room_for_is_refused_before_it_is_whole():
+    """Also if only its first bytes have come, and though there may be room again."""
+    async with site(echo, max_bodies=1_000) as s:
+        async with connect(s.server.urls[0]) as slow, connect(s.server.urls[0]) as refused:
+            await slow.send(request("POST", "/probe/start", content_length="2000"))
+            await slow.stream.send_all(b"x" * 1_000)
+            await wait_until(lambda: s.server.app.bodies._total == 1_000)
+            await refused.send(request("POST", "/probe/start", content_length="2000"))
+            await refused.stream.send_all(b"y")
+            problem = json.loads(await refused.finish())
+            assert (503, "overloaded") == (refused.status, problem["code"])
+            await wait_until(lambda: s.server.app.bodies._total == 1_000)
+        await wait_until(lambda: not s.server.app.bodies._held)
 
 
 async def test_a_thread_s_runs_and_words_are_shown():
@@ -1218,8 +1232,9 @@ async def test_a_conversation_may_be_larger_than_other_requests():
             refused = await s.http.post("/agents/echo/runs", content=content)
             assert 413 == refused.status_code
             assert "at most 10000 bytes" in refused.json()["detail"]
+        dialects = s.server.app.dialects
         assert (10_000, MAX_HISTORY, 10_000) == (
-            s.server.app.max_body("POST", "/agents/echo/runs"),
-            s.server.app.max_body("POST", "/probe/start"),
-            s.server.app.max_body("GET", "/probe/start"),
+            s.server.app.max_body("POST", dialects["native"]),
+            s.server.app.max_body("POST", dialects["probe"]),
+            s.server.app.max_body("GET", dialects["probe"]),
         )

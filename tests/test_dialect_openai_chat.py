@@ -13,6 +13,7 @@ import openai
 import pytest
 import trio
 from msgspec import UNSET, Raw
+from msgspec.structs import replace
 from raw import connect, request, wait_until
 
 from agentsse import Agent, AgentError, tool
@@ -555,7 +556,7 @@ def test_a_request_asks_for_a_run():
         "stream_options": None, "temperature": 0.5, "function_call": "auto", "anything": 1,
     }  # fmt: skip
     assert expected == decoded(stream=False, **neutral)
-    assert attrs.evolve(expected, delivery="stream") == decoded(stream=True, stream_options=None)
+    assert replace(expected, delivery="stream") == decoded(stream=True, stream_options=None)
 
 
 @pytest.mark.parametrize(("stream", "delivery"), [(True, "stream"), (False, "wait")])

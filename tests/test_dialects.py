@@ -22,11 +22,13 @@ from trio.testing import wait_all_tasks_blocked
 from agentsse import Agent, RunContext, agent, tool
 from agentsse.dialects import Dialect
 from agentsse.events import AnyEvent, InputRequested, RunFinished
-from agentsse.server import DIALECTS, Server
+from agentsse.server import DIALECTS as SHIPPED, Server
 from agentsse.sse import Frame
 from agentsse.testing import ScriptedProvider, ask_for, open_server, say
 
 PATIENCE = 30.0  # seconds until a test that hangs has failed
+
+DIALECTS = tuple(dialect.load() for dialect in SHIPPED)
 
 # How a stream in each dialect says that the run is over, given the frames of it.
 ENDS: dict[str, Callable[[Frame], bool]] = {

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
-import attrs
 import httpx2
 import msgspec
 import pytest
@@ -25,6 +24,7 @@ from langchain_core.messages import (
     convert_to_messages,
 )
 from msgspec import UNSET, Raw
+from msgspec.structs import replace
 from raw import wait_until
 
 from agentsse import Agent, Question
@@ -1009,14 +1009,13 @@ def test_a_request_asks_for_a_run():
         if_busy="enqueue", resumes=True, options="v", reply=show_run,
     )  # fmt: skip
     assert expected == run_in()
-    stream = attrs.evolve(expected, delivery="stream", reply=None)
+    stream = replace(expected, delivery="stream", reply=None)
     assert stream == run_in(path=f"{IN_THREAD}/stream")
-    wait = attrs.evolve(expected, delivery="wait", reply=ReplyWithHistory(show_values))
+    wait = replace(expected, delivery="wait", reply=ReplyWithHistory(show_values))
     assert wait == run_in(path=f"{IN_THREAD}/wait")
     alone = ask("POST", "/runs/stream", {"assistant_id": "main"})
     assert (
-        attrs.evolve(stream, thread_id=None, must_exist=False, makes_thread=True, resumes=False)
-        == alone
+        replace(stream, thread_id=None, must_exist=False, makes_thread=True, resumes=False) == alone
     )
 
 

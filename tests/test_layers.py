@@ -22,14 +22,17 @@ BASES = {
     "dialects.openai_responses": "dialects.openai",
 }
 ENGINE = ("threads", "runs", "flows", "agents", "models", "context", "feed", "log")
-SHELL = ("cli", "server", "app", "openapi", "metrics", "listener", "config", "guide")
+SHELL = (
+    "cli", "server", "app", "pages", "openapi", "metrics", "exchange", "paths", "listener",
+    "config", "guide",
+)  # fmt: skip
 CLIENT = ("client",)
 BESIDE = ("", "__main__", "testing")
 
 ONLY_IMPORTER = {
-    "quart": "app",
-    "quart_trio": "app",
-    "werkzeug": "app",
+    "quart": "pages",
+    "quart_trio": "pages",
+    "werkzeug": "pages",
     "hypercorn": "listener",
     "h11": "listener",
     "httpcore2": "http",

@@ -570,10 +570,10 @@ async def test_the_same_key_finds_the_same_run(autojump_clock):
         start = functools.partial(runs.start, default="cancel")
         run, is_new = start(order)
         assert ((run, False), True) == (start(order), is_new)
-        assert start(attrs.evolve(order, agent="forever"))[1]
-        assert start(attrs.evolve(order, idempotency_key="other"))[1]
+        assert start(msgspec.structs.replace(order, agent="forever"))[1]
+        assert start(msgspec.structs.replace(order, idempotency_key="other"))[1]
         with pytest.raises(KeyReused, match="Idempotency-Key first came with, got another one"):
-            start(attrs.evolve(order, fingerprint=b"g"))
+            start(msgspec.structs.replace(order, fingerprint=b"g"))
         await run.done.wait()
         runs.close()
         assert (run, False) == start(order)

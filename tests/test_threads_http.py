@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import h11
 import httpx2
+import msgspec
 import pytest
 import trio
 from raw import RawClient, connect, request, wait_quiet, wait_until
@@ -823,7 +824,7 @@ def talks(name: str = "talks", **form: Any) -> Dialect:
         )
 
     def watch(request: Request) -> WatchFeed:
-        return attrs.evolve(decode_watch_feed(request), must_exist=True)
+        return msgspec.structs.replace(decode_watch_feed(request), must_exist=True)
 
     def tell(request: Request) -> Tell:
         return Tell(

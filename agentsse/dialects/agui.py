@@ -40,7 +40,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, assert_ne
 import attrs
 import msgspec
 from msgspec import UNSET, Raw, Struct
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from agentsse.errors import BadRequest
 from agentsse.events import (
@@ -738,7 +738,7 @@ def decode_run(request: Request) -> Start:
         options=None if view == View() else view,
     )
     if asking is not None:
-        return attrs.evolve(start, continues=asking, answers=answers)
+        return replace(start, continues=asking, answers=answers)
     others = ((place, m, raw) for place, (m, raw) in enumerate(messages) if m.id not in own)
     return _continue(start, context, _told_before(others))
 
@@ -771,15 +771,15 @@ def _continue(
             for each in answers
         ]
         history = (*begin, *messages[: -len(answers)])
-        return attrs.evolve(start, input=told, history=history, said=answers)
+        return replace(start, input=told, history=history, said=answers)
     for place in reversed(range(len(messages))):
         message = messages[place]
         if isinstance(message, UserMessage):
             # What was said behind it, by a run before, is to be gone on with.
             said = tuple(messages[place:]) if place + 1 < len(messages) else None
             history = (*begin, *messages[:place])
-            return attrs.evolve(start, input=message.text, history=history, said=said)
-    return attrs.evolve(start, history=begin, said=tuple(messages) or None)
+            return replace(start, input=message.text, history=history, said=said)
+    return replace(start, history=begin, said=tuple(messages) or None)
 
 
 def _last_answers(messages: Sequence[Message]) -> tuple[ToolMessage, ...]:

@@ -1212,12 +1212,12 @@ def decode_run(
     )
     if body.command is not None and body.command.resume is not UNSET:
         return _resume(start, body.command.resume)
-    start = attrs.evolve(start, resumes=thread_id is not None)
+    start = msgspec.structs.replace(start, resumes=thread_id is not None)
     if not (isinstance(body.input, dict) and "messages" in body.input):
-        return attrs.evolve(start, input=body.input)
+        return msgspec.structs.replace(start, input=body.input)
     instructions, before, text = read_messages(body.input["messages"])
     said = (*before, UserMessage(text)) if before else None
-    return attrs.evolve(start, input=text, said=said, instructions=instructions)
+    return msgspec.structs.replace(start, input=text, said=said, instructions=instructions)
 
 
 def _know_wishes(body: _RunBody) -> None:
@@ -1253,7 +1253,7 @@ def _resume(start: Start, answer: Any) -> Start:
     ids = list(answer) if isinstance(answer, dict) else []
     found = [match for match in map(_INTERRUPT.fullmatch, ids) if match]
     if not found or len(found) < len(ids):
-        return attrs.evolve(start, answers={"": answer})
+        return msgspec.structs.replace(start, answers={"": answer})
     runs = {match[1] for match in found}
     if len(runs) > 1:
         raise BadRequest(
@@ -1261,7 +1261,7 @@ def _resume(start: Start, answer: Any) -> Start:
             f"{', '.join(sorted(runs))[:200]}"
         )
     answers = {match[2]: answer[match[0]] for match in found}
-    return attrs.evolve(start, continues=runs.pop(), answers=answers)
+    return msgspec.structs.replace(start, continues=runs.pop(), answers=answers)
 
 
 def read_modes(wish: str | Sequence[str] | None) -> str:

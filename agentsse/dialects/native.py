@@ -27,6 +27,7 @@ from agentsse.events import (
     RunState,
     ThreadSnapshot,
     encode_event,
+    encode_event_into,
 )
 from agentsse.sse import FieldError, comment, encode, frame_of, parse_position, retry
 
@@ -80,15 +81,16 @@ class NativeEncoder:
     """Events as their own JSON; with `types`, only those and the ones that always pass."""
 
     types: frozenset[type[AnyEvent]] | None
+    _json: bytearray = attrs.field(factory=bytearray, init=False)  # a new one each costs a third
 
     def feed(self, event: AnyEvent) -> tuple[bytes, ...]:
         """Make the one frame of an event, or none where it is filtered out."""
-        kind = type(event)
+        kind, data = type(event), self._json
         if self.types is not None and kind not in self.types and kind not in ALWAYS:
             return ()
-        data = encode_event(event)
+        encode_event_into(event, data)
         if LF in data or CR in data:  # there is JSON in it that somebody else has formatted
-            return (encode(data, event=TYPE_NAMES[kind], id=str(event.seq)),)
+            return (encode(bytes(data), event=TYPE_NAMES[kind], id=str(event.seq)),)
         return (_FRAMES[kind] % (event.seq, data),)
 
 

@@ -157,7 +157,7 @@ def failed(problem: Problem, *, param: str | None = None) -> Reply:
 
 def failed_run(problem: Problem) -> Reply:
     """The same of a run that has failed: it may have done something, and the SDKs would again."""
-    return attrs.evolve(failed(problem), headers={"x-should-retry": "false"})
+    return msgspec.structs.replace(failed(problem), headers={"x-should-retry": "false"})
 
 
 def no_model(problem: Problem) -> Reply:

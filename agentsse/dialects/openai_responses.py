@@ -904,9 +904,9 @@ def decode_create(request: Request) -> Start:
         reply=answer,
     )
     if body.stream:
-        return attrs.evolve(start, delivery="stream")
+        return msgspec.structs.replace(start, delivery="stream")
     if body.background:
-        return attrs.evolve(start, delivery="background", reply=acknowledge)
+        return msgspec.structs.replace(start, delivery="background", reply=acknowledge)
     return start
 
 
