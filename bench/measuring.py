@@ -8,21 +8,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import trio
-
-from agentsse import Agent
-from agentsse.config import ServerSettings, Settings
-from agentsse.server import Server, serve
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -51,23 +49,17 @@ class Address:
     port: int
 
 
-def serve_quietly(agent: Agent) -> None:
-    """Serve an agent with default settings until SIGTERM; print the address as a JSON line."""
-
-    def announce(server: Server) -> None:
-        host, _, port = server.urls[0].removeprefix("http://").rpartition(":")
-        print(json.dumps({"host": host, "port": int(port)}), flush=True)
-
-    def ignore(*_args: object, **_facts: object) -> None:
-        """Log nothing, as the peers do."""
-
-    settings = Settings(server=ServerSettings(port=0))
-    sys.exit(trio.run(partial(serve, [agent], settings, report=ignore, announce=announce)))
-
-
 @asynccontextmanager
-async def listening(command: Sequence[str], core: int | None) -> AsyncIterator[Address]:
-    """Run a process that prints its address as a JSON line; leaving the context ends it."""
+async def listening(
+    command: Sequence[str], core: int | None, *, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Address]:
+    """Run a process that prints its address as a JSON line; leaving the context ends it.
+
+    Args:
+        command: The program and its arguments.
+        core: Where it runs; None for anywhere.
+        env: Variables beside those that we have.
+    """
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(
@@ -76,7 +68,8 @@ async def listening(command: Sequence[str], core: int | None) -> AsyncIterator[A
                 stdout=subprocess.PIPE,
                 cwd=CHECKOUT,
                 check=False,
-                preexec_fn=partial(pin, 0, core),  # threads that it starts inherit it
+                env=None if env is None else {**os.environ, **env},
+                preexec_fn=settled(core),  # threads that it starts inherit it
             )
         )
         try:
@@ -99,14 +92,30 @@ async def _first_line(process: trio.Process) -> bytes:
 async def answer_of(command: Sequence[str], core: int | None) -> Any:
     """Run a process to its end, and return the JSON that it prints."""
     done = await trio.run_process(
-        list(command), capture_stdout=True, cwd=CHECKOUT, preexec_fn=partial(pin, 0, core)
+        list(command), capture_stdout=True, cwd=CHECKOUT, preexec_fn=settled(core)
     )
     return json.loads(done.stdout)
 
 
-def pin(pid: int, core: int | None) -> None:
+def settled(core: int | None) -> Callable[[], None]:
+    """What a new process does first."""
+    return partial(_settle, core)
+
+
+def _settle(core: int | None) -> None:
+    """In a new process: go to its core, and may open as many descriptors as the system lets it."""
     if core is not None:
-        os.sched_setaffinity(pid, {core})
+        os.sched_setaffinity(0, {core})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    raise_descriptors()
+
+
+def raise_descriptors() -> int:
+    """Let this process open as many descriptors as it may; returns how many that is."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def cpu_clock(pid: int) -> int | None:
@@ -158,3 +167,22 @@ def machine(*packages: str) -> dict[str, Any]:
 def shown(value: float | None, digits: int) -> str:
     """A figure for a table."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def descriptors(pid: int) -> int | None:
+    """How many descriptors a process has open."""
+    try:
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return None
+
+
+def kernel_socket_memory() -> float | None:
+    """MiB that the kernel holds for TCP sockets of the whole machine."""
+    try:
+        lines = Path("/proc/net/sockstat").read_text().splitlines()
+    except OSError:
+        return None
+    words = next(line.split() for line in lines if line.startswith("TCP:"))
+    pages = int(words[words.index("mem") + 1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

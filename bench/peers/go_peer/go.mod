@@ -1,0 +1,3 @@
+module agentsse/bench/peer
+
+go 1.19
